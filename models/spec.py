@@ -1,0 +1,115 @@
+"""`ModelSpec`: the single declaration of a whole network, and the samples it is judged on."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from edgeattn.foundation import Registry
+
+
+@dataclass(frozen=True)
+class Preprocessing:
+    """How an image becomes a network input: `(pixel * scale - mean) / std`, channels first.
+
+    Attributes:
+        colour_order: "RGB" or "BGR".
+        scale: factor on the 0..255 pixel values (1/255 for 0..1 networks).
+        mean: per channel, in the colour order, after scaling.
+        std: per channel, in the colour order, after scaling.
+    """
+
+    colour_order: str
+    scale: float
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+
+    def __call__(self, image: np.ndarray) -> np.ndarray:
+        """Turn an RGB image (H, W, 3) uint8 into a float32 array (1, 3, H, W)."""
+        ordered = image if self.colour_order == "RGB" else image[..., ::-1]
+        normal = (ordered.astype(np.float32) * self.scale - np.float32(self.mean)) / np.float32(self.std)
+        return np.ascontiguousarray(normal.transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+@dataclass(frozen=True)
+class OutputSpec:
+    """One output of the network's forward, in order.
+
+    Attributes:
+        name: name of the ONNX output.
+        meaning: "logits" (class axis 1, reduced resolution) or "probability" (after the sigmoid, input resolution).
+        auxiliary: used in training only; left out of exported graphs unless asked for.
+    """
+
+    name: str
+    meaning: str
+    auxiliary: bool = False
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One evaluation sample.
+
+    Attributes:
+        images: the RGB images (H, W, 3) uint8, one for each network input, in order.
+        target: integer labels (K, H, W), one map for each labelled image (K = 1, or 2 for a frame pair), or None where
+            the truth is not known.
+    """
+
+    images: tuple[np.ndarray, ...]
+    target: np.ndarray | None
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """A network that carries attention blocks.
+
+    Attributes:
+        name: unique name on the command line.
+        summary: one line for listings, with paper and year.
+        build: returns the untrained network, in `eval` mode.
+        original: `module:class` of the independent original, and `original_arguments` to construct it.
+        inputs: ONNX names of the image inputs, each (batch, 3, height, width).
+        outputs: what the network's forward returns, in order.
+        preprocessing: from image to network input.
+        size: (height, width) that the model was trained at.
+        classes: class names by label.
+        labels: main outputs by name, and the (height, width) of the input, to integer labels (batch, K, H, W).
+        key_maps: for each published variant other than the official one, new key by pattern (see `checkpoint`).
+        checkpoint: bundled trained weights, if any.
+        samples: held-out samples, first `count` of them; or None where no data is bundled.
+        calibration: images for INT8 calibration, disjoint from `samples`.
+    """
+
+    name: str
+    summary: str
+    build: Callable[[], nn.Module]
+    original: str
+    original_arguments: Mapping[str, object]
+    inputs: tuple[str, ...]
+    outputs: tuple[OutputSpec, ...]
+    preprocessing: Preprocessing
+    size: tuple[int, int]
+    classes: tuple[str, ...]
+    labels: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor]
+    key_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    checkpoint: Path | None = None
+    samples: Callable[[int], Iterator[Sample]] | None = None
+    calibration: Callable[[int], Iterator[Sample]] | None = None
+
+    @property
+    def main_outputs(self) -> tuple[str, ...]:
+        """Names of the outputs that inference needs."""
+        return tuple(output.name for output in self.outputs if not output.auxiliary)
+
+    def network_inputs(self, sample: Sample) -> dict[str, np.ndarray]:
+        """Return the preprocessed inputs of one sample by ONNX name, each float32 (1, 3, H, W)."""
+        return {name: self.preprocessing(image) for name, image in zip(self.inputs, sample.images, strict=True)}
+
+
+MODELS: Registry[ModelSpec] = Registry("model")

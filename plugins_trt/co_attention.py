@@ -1,0 +1,93 @@
+"""`CoAttention`: two feature maps attend to each other (COSNet, CVPR 2019), in both directions or one."""
+
+from edgeattn.plugins_trt.registry import PLUGINS
+from edgeattn.plugins_trt.spec import PluginSpec, TensorSpec
+
+_QUERY_A = TensorSpec("query_a", ("batch", "head_channels", "height_a", "width_a"))
+_KEY_B = TensorSpec("key_b", ("batch", "head_channels", "height_b", "width_b"))
+_VALUE_A = TensorSpec("value_a", ("batch", "channels", "height_a", "width_a"))
+_VALUE_B = TensorSpec("value_b", ("batch", "channels", "height_b", "width_b"))
+_GATE = (TensorSpec("gate_weight", ("1", "channels")), TensorSpec("gate_bias", ("1",)))
+_ATTENDED_A = TensorSpec("attended_a", _VALUE_A.shape)
+_ATTENDED_B = TensorSpec("attended_b", _VALUE_B.shape)
+
+_AFFINITY = """
+    query_a_wide = Widen (query_a)
+    key_b_wide = Widen (key_b)
+    flat = Constant <value = int64[3] {0, 0, -1}> ()
+    query_a_flat = Reshape (query_a_wide, flat)
+    key_b_flat = Reshape (key_b_wide, flat)
+    query_a_rows = Transpose <perm = [0, 2, 1]> (query_a_flat)
+    affinity = MatMul (query_a_rows, key_b_flat)
+    value_b_flat = Reshape (value_b, flat)
+    over_b_wide = Softmax <axis = 2> (affinity)
+    over_b = Narrow (over_b_wide, value_b)
+    over_b_t = Transpose <perm = [0, 2, 1]> (over_b)
+    from_b = MatMul (value_b_flat, over_b_t)
+"""
+_OTHER_DIRECTION = """
+    value_a_flat = Reshape (value_a, flat)
+    over_a_wide = Softmax <axis = 1> (affinity)
+    over_a = Narrow (over_a_wide, value_a)
+    from_a = MatMul (value_a_flat, over_a)
+"""
+_SHAPE_A_FROM_VALUE = "    shape_a = Shape (value_a)\n"
+_SHAPE_A_FROM_QUERY = """
+    value_b_head = Shape <start = 0, end = 2> (value_b)
+    query_a_tail = Shape <start = 2, end = 4> (query_a)
+    shape_a = Concat <axis = 0> (value_b_head, query_a_tail)
+"""
+
+
+def _finish(side: str, source: str, *, gated: bool, shape: str) -> str:
+    """Gate the flat result `source` where asked and bring it to the map's shape as `attended_<side>`."""
+    if not gated:
+        return f"    attended_{side} = Reshape ({source}, {shape})\n"
+    return f"""
+    gate_logit_{side} = MatMul (gate_weight, {source})
+    gate_shifted_{side} = Add (gate_logit_{side}, gate_bias)
+    gate_{side} = Sigmoid (gate_shifted_{side})
+    gated_{side} = Mul ({source}, gate_{side})
+    attended_{side} = Reshape (gated_{side}, {shape})
+"""
+
+
+def _both_ways(*, gated: bool) -> PluginSpec:
+    body = (
+        _AFFINITY
+        + _OTHER_DIRECTION
+        + _SHAPE_A_FROM_VALUE
+        + "    shape_b = Shape (value_b)\n"
+        + _finish("a", "from_b", gated=gated, shape="shape_a")
+        + _finish("b", "from_a", gated=gated, shape="shape_b")
+    )
+    return PluginSpec(
+        name="CoAttentionGated" if gated else "CoAttention",
+        op_type="CoAttention",
+        inputs=(_QUERY_A, _KEY_B, _VALUE_A, _VALUE_B, *(_GATE if gated else ())),
+        outputs=(_ATTENDED_A, _ATTENDED_B),
+        body=body,
+        summary=(
+            "affinity = query_a^T key_b; attended_a = softmax over b of affinity times value_b, "
+            "attended_b = softmax over a times value_a" + _GATE_SUMMARY[gated]
+        ),
+    )
+
+
+def _one_way(*, gated: bool) -> PluginSpec:
+    return PluginSpec(
+        name="CoAttentionOneWayGated" if gated else "CoAttentionOneWay",
+        op_type="CoAttentionOneWay",
+        inputs=(_QUERY_A, _KEY_B, _VALUE_B, *(_GATE if gated else ())),
+        outputs=(_ATTENDED_A,),
+        body=_AFFINITY + _SHAPE_A_FROM_QUERY + _finish("a", "from_b", gated=gated, shape="shape_a"),
+        summary="attended_a = softmax over b of query_a^T key_b times value_b" + _GATE_SUMMARY[gated],
+    )
+
+
+_GATE_SUMMARY = {False: ".", True: ", each multiplied by sigmoid(gate_weight . attended + gate_bias)."}
+
+CO_ATTENTION = PLUGINS.add(_both_ways(gated=False))
+CO_ATTENTION_GATED = PLUGINS.add(_both_ways(gated=True))
+CO_ATTENTION_ONE_WAY = PLUGINS.add(_one_way(gated=False))
+CO_ATTENTION_ONE_WAY_GATED = PLUGINS.add(_one_way(gated=True))
