@@ -2,7 +2,13 @@
 
 from edgeattn.blocks import zoo as _zoo  # noqa: F401  (fills the registry)
 from edgeattn.blocks.abn import ABN
-from edgeattn.blocks.co_attention import AFFINITIES, CoAttention, CoAttentionCore, CoAttentionOneWayCore
+from edgeattn.blocks.co_attention import (
+    AFFINITIES,
+    CoAttention,
+    CoAttentionBase,
+    CoAttentionCore,
+    CoAttentionOneWayCore,
+)
 from edgeattn.blocks.core import AttentionCore
 from edgeattn.blocks.criss_cross import CrissCrossAttention, CrissCrossCore
 from edgeattn.blocks.rcca import RCCAModule
@@ -15,6 +21,7 @@ __all__ = [
     "AttentionCore",
     "BlockSpec",
     "CoAttention",
+    "CoAttentionBase",
     "CoAttentionCore",
     "CoAttentionOneWayCore",
     "CrissCrossAttention",

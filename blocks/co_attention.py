@@ -93,8 +93,10 @@ AFFINITIES = ("vanilla", "symmetric", "channelwise")
 """Forms of the affinity matrix: E^T W^T Q, (P E)^T diag(D) (P Q), E^T diag(D) Q."""
 
 
-class CoAttention(nn.Module):
-    """Co-attention of a target frame's features (exemplar, E) and reference features (query frame, Q).
+class CoAttentionBase(nn.Module):
+    """Parameters and mathematics of co-attention, for the block and for networks whose state_dict has them at the top.
+
+    E are a target frame's features (exemplar), Q reference features (query frame).
 
     Parameters follow the official code where it exists: `linear_e.weight` (C, C) for vanilla and `gate.weight`
     (1, C, 1, 1), shared by both frames and without bias. Symmetric has `P` (C, C), orthogonal by training, and `D`
@@ -125,7 +127,7 @@ class CoAttention(nn.Module):
         self.core = CoAttentionCore()
         self.one_way_core = CoAttentionOneWayCore()
 
-    def forward(self, exemplar: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    def attend(self, exemplar: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Attend in both directions.
 
         Args:
@@ -137,7 +139,7 @@ class CoAttention(nn.Module):
         """
         return self.core(self.project_target(exemplar), self.project_reference(query), exemplar, query, *self._gate())
 
-    def forward_group(self, exemplar: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+    def attend_group(self, exemplar: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """Attend from a target to N references at once, one softmax over all their positions.
 
         Args:
@@ -172,3 +174,15 @@ class CoAttention(nn.Module):
             return ()
         weight = self.gate.weight.flatten(1)
         return weight, weight.new_zeros(1)
+
+
+class CoAttention(CoAttentionBase):
+    """Co-attention as a block of its own; arguments and state names as in `CoAttentionBase`."""
+
+    def forward(self, exemplar: torch.Tensor, query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Attend in both directions, see `attend`."""
+        return self.attend(exemplar, query)
+
+    def forward_group(self, exemplar: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """Attend from a target to N references at once, see `attend_group`."""
+        return self.attend_group(exemplar, references)

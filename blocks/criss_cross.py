@@ -65,7 +65,9 @@ class CrissCrossAttention(nn.Module):
     def __init__(self, in_dim: int) -> None:
         super().__init__()
         if in_dim < 8:
-            raise ValueError(f"criss-cross attention needs at least 8 channels (queries have in_dim // 8), got {in_dim}")
+            raise ValueError(
+                f"criss-cross attention needs at least 8 channels (queries have in_dim // 8), got {in_dim}"
+            )
         self.query_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
         self.key_conv = nn.Conv2d(in_dim, in_dim // 8, kernel_size=1)
         self.value_conv = nn.Conv2d(in_dim, in_dim, kernel_size=1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import nn
@@ -38,9 +39,9 @@ class BlockSpec:
     code: str
     build: Callable[..., nn.Module]
     original: str
-    test_preset: Mapping[str, object]
-    published_preset: Mapping[str, object]
-    example: Callable[[Mapping[str, object], int, int, int], tuple[tuple[int, ...], ...]]
+    test_preset: Mapping[str, Any]
+    published_preset: Mapping[str, Any]
+    example: Callable[[Mapping[str, Any], int, int, int], tuple[tuple[int, ...], ...]]
     dynamic_axes: tuple[Mapping[int, str], ...]
     method: str = "forward"
     key_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
@@ -48,7 +49,7 @@ class BlockSpec:
     precision: str = "all of it may run in FP16"
 
     def example_inputs(
-        self, preset: Mapping[str, object], batch: int, height: int, width: int, *, seed: int = 0
+        self, preset: Mapping[str, Any], batch: int, height: int, width: int, *, seed: int = 0
     ) -> tuple[torch.Tensor, ...]:
         """Return normally distributed float32 inputs for a block built with `preset`."""
         generator = torch.Generator().manual_seed(seed)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 from edgeattn.blocks.abn import ABN
 from edgeattn.blocks.co_attention import AFFINITIES, CoAttention
@@ -11,35 +12,31 @@ from edgeattn.blocks.rcca import RCCAModule
 from edgeattn.blocks.spec import BLOCKS, BlockSpec
 
 _ORIGINALS = "edgeattn.validation.originals"
+Preset = Mapping[str, Any]
+Example = Callable[[Preset, int, int, int], tuple[tuple[int, ...], ...]]
 _NCHW = {0: "batch", 2: "height", 3: "width"}
 _SOFTMAX_IN_FP32 = "energies, mask and softmax stay in FP32; the sum over values runs in FP16"
-_CCNET = {
-    "paper": "CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019",
-    "year": 2019,
-    "code": "https://github.com/speedinghzl/CCNet",
-}
-_COSNET = {
-    "paper": "See More, Know More: Unsupervised Video Object Segmentation with Co-Attention Siamese Networks, CVPR 2019",
-    "year": 2019,
-    "code": "https://github.com/carrierlxk/COSNet",
-}
+_CCNET = "CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019"
+_CCNET_CODE = "https://github.com/speedinghzl/CCNet"
+_COSNET = "See More, Know More: Unsupervised Video Object Segmentation with Co-Attention Siamese Networks, CVPR 2019"
+_COSNET_CODE = "https://github.com/carrierlxk/COSNet"
 
 
-def _one_map(channels_argument: str):  # type: ignore[no-untyped-def]
+def _one_map(channels_argument: str) -> Example:
     """Return an example function for blocks with one feature map, whose channels are a constructor argument."""
 
-    def example(preset: Mapping[str, int], batch: int, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+    def example(preset: Preset, batch: int, height: int, width: int) -> tuple[tuple[int, ...], ...]:
         return ((batch, preset[channels_argument], height, width),)
 
     return example
 
 
-def _frame_pair(preset: Mapping[str, int], batch: int, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+def _frame_pair(preset: Preset, batch: int, height: int, width: int) -> tuple[tuple[int, ...], ...]:
     shape = (batch, preset["channels"], height, width)
     return shape, shape
 
 
-def _frame_group(preset: Mapping[str, int], batch: int, height: int, width: int) -> tuple[tuple[int, ...], ...]:
+def _frame_group(preset: Preset, batch: int, height: int, width: int) -> tuple[tuple[int, ...], ...]:
     return (batch, preset["channels"], height, width), (batch, 3, preset["channels"], height, width)
 
 
@@ -60,7 +57,9 @@ BLOCKS.add(
 BLOCKS.add(
     BlockSpec(
         name="criss-cross",
-        **_CCNET,
+        paper=_CCNET,
+        year=2019,
+        code=_CCNET_CODE,
         build=CrissCrossAttention,
         original=f"{_ORIGINALS}.criss_cross:CrissCrossAttention",
         test_preset={"in_dim": 16},
@@ -75,7 +74,9 @@ BLOCKS.add(
 BLOCKS.add(
     BlockSpec(
         name="rcca",
-        **_CCNET,
+        paper=_CCNET,
+        year=2019,
+        code=_CCNET_CODE,
         build=RCCAModule,
         original=f"{_ORIGINALS}.rcca:RCCAModule",
         test_preset={"in_channels": 64, "out_channels": 16, "num_classes": 5, "recurrence": 2},
@@ -93,7 +94,9 @@ for affinity in AFFINITIES:
             BLOCKS.add(
                 BlockSpec(
                     name=name,
-                    **_COSNET,
+                    paper=_COSNET,
+                    year=2019,
+                    code=_COSNET_CODE,
                     build=CoAttention,
                     original=f"{_ORIGINALS}.co_attention:CoAttention",
                     test_preset={"channels": 12, "affinity": affinity, "gate": gate},

@@ -1,1 +1,1 @@
-"""edgeattn."""
+"""From torch to ONNX, graph surgery, and precision in the graph."""

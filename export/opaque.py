@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable
+from typing import Any
 
 import onnxscript
 import torch
@@ -26,15 +26,25 @@ class OpaqueCore(nn.Module):
 
     def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         """Compute the core's outputs from its inputs."""
-        return _operator(type(self.core), spec_of(self.core.op_type, len(inputs)))(*inputs)
+        return _operator(self.core, spec_of(self.core.op_type, len(inputs)))(*inputs)
 
 
-@functools.cache
-def _operator(core: type[AttentionCore], spec: PluginSpec) -> Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]:
-    """Register the torch operator of a declaration, once, computed and shaped by the core's own `forward`."""
+Operator = Callable[..., "torch.Tensor | tuple[torch.Tensor, ...]"]
+_operators: dict[str, Operator] = {}
+
+
+def _operator(core: AttentionCore, spec: PluginSpec) -> Operator:
+    """Return the torch operator of a declaration, computed and shaped by the core's own `forward`."""
+    if spec.name not in _operators:
+        _operators[spec.name] = _register(core, spec)
+    return _operators[spec.name]
+
+
+def _register(core: AttentionCore, spec: PluginSpec) -> Operator:
+    """Register a torch operator; torch allows it once in a process."""
     arguments = ", ".join(f"Tensor {tensor.name}" for tensor in spec.inputs)
     results = "Tensor" if len(spec.outputs) == 1 else f"({', '.join(['Tensor'] * len(spec.outputs))})"
-    compute = core().forward
+    compute = core.forward
 
     def run(*inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
         return compute(*inputs)
@@ -57,12 +67,12 @@ def hide_cores(model: nn.Module) -> nn.Module:
     return model
 
 
-def translation_table() -> dict[Callable[..., object], onnxscript.values.Op]:
+def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     """Return, for torch's exporter, the ONNX operator of every opaque torch operator registered so far."""
     opset = onnxscript.values.Opset(DOMAIN, 1)
-    table: dict[Callable[..., object], onnxscript.values.Op] = {}
     namespace = getattr(torch.ops, DOMAIN)
-    for spec in PLUGINS:
-        if spec.name in dir(namespace) or hasattr(namespace, spec.name):
-            table[getattr(namespace, spec.name).default] = onnxscript.values.Op(opset, spec.op_type, spec.schema())
-    return table
+    return {
+        getattr(namespace, spec.name).default: onnxscript.values.Op(opset, spec.op_type, spec.schema())
+        for spec in PLUGINS
+        if spec.name in _operators
+    }

@@ -115,7 +115,9 @@ class RunDirectory:
             manifest = json.loads(path.read_text(encoding="utf-8"))
             known = isinstance(manifest["stages"], dict) and manifest["format"] == FORMAT
         except (OSError, ValueError, KeyError, TypeError) as error:
-            raise UserError(f"{path} is not a readable manifest ({error}). Remove it or choose another folder.") from error
+            raise UserError(
+                f"{path} is not a readable manifest ({error}). Remove it or choose another folder."
+            ) from error
         if not known:
             raise UserError(f"{path} has format {manifest['format']}, not {FORMAT}. Choose another folder.")
         return {**manifest, "versions": versions()}

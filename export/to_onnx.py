@@ -7,7 +7,7 @@ import copy
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import onnx
 import torch
@@ -35,11 +35,14 @@ def prepare_for_export(model: nn.Module) -> nn.Module:
     prepared = copy.deepcopy(model).eval()
     for parent in reversed(list(prepared.modules())):
         for name, child in list(parent.named_children()):
-            if hasattr(child, "prepare_for_export"):
-                setattr(parent, name, child.prepare_for_export())
-    if hasattr(prepared, "prepare_for_export"):
-        prepared = prepared.prepare_for_export()
-    return prepared.eval()
+            setattr(parent, name, _folded(child))
+    return _folded(prepared).eval()
+
+
+def _folded(module: nn.Module) -> nn.Module:
+    """Return what a module declares as its exact folding, or the module itself."""
+    fold: Callable[[nn.Module], nn.Module] | None = getattr(type(module), "prepare_for_export", None)
+    return fold(module) if fold else module
 
 
 class _Selected(nn.Module):
@@ -90,7 +93,9 @@ def to_onnx(
         UserError: an opset outside the range, or names that do not match the tensors.
     """
     if opset not in _OPSETS:
-        raise UserError(f"opset {opset} is not supported. Use {_OPSETS[0]} to {_OPSETS[-1]}; {DEFAULT_OPSET} suits all.")
+        raise UserError(
+            f"opset {opset} is not supported. Use {_OPSETS[0]} to {_OPSETS[-1]}; {DEFAULT_OPSET} suits all."
+        )
     if len(input_names) != len(example):
         raise UserError(f"{len(input_names)} input names were given for {len(example)} example inputs: {input_names}.")
     wrapped = _Selected(hide_cores(prepare_for_export(model)), method, outputs)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from edgeattn.blocks import CoAttention
+from edgeattn.blocks import CoAttentionBase
 from edgeattn.models.resnet import EXPANSION, make_stages
 
 
@@ -49,7 +49,8 @@ class ASPP(nn.Module):
             self.relu(self.get_submodule(f"bn_{index}")(self.get_submodule(f"conv2d_{index}")(x)))
             for index in range(self.branches)
         ]
-        return self.prelu(self.bn(self.bottleneck(torch.cat([pooled, *branches], dim=1))))
+        out: torch.Tensor = self.prelu(self.bn(self.bottleneck(torch.cat([pooled, *branches], dim=1))))
+        return out
 
 
 class Encoder(nn.Module):
@@ -79,11 +80,13 @@ class Encoder(nn.Module):
 
     def forward(self, image: torch.Tensor) -> torch.Tensor:
         """Map images (batch, 3, height, width) to features (batch, channels, height / 8, width / 8)."""
-        x = self.maxpool(self.relu(self.bn1(self.conv1(image))))
-        return self.layer5(self.layer4(self.layer3(self.layer2(self.layer1(x)))))
+        x: torch.Tensor = self.maxpool(self.relu(self.bn1(self.conv1(image))))
+        for layer in (self.layer1, self.layer2, self.layer3, self.layer4, self.layer5):
+            x = layer(x)
+        return x
 
 
-class COSNet(CoAttention):
+class COSNet(CoAttentionBase):
     """COSNet in the official layout: `encoder`, `linear_e`, `gate`, `conv1/2`, `bn1/2`, `main_classifier1/2`.
 
     The co-attention parameters sit at the top level of the official state_dict, so the network is the block with an
@@ -117,9 +120,7 @@ class COSNet(CoAttention):
         self.main_classifier1 = nn.Conv2d(channels, 1, 1)
         self.main_classifier2 = nn.Conv2d(channels, 1, 1)
 
-    def forward(
-        self, target: torch.Tensor, reference: torch.Tensor
-    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    def forward(self, target: torch.Tensor, reference: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Segment the object that two frames share.
 
         Args:
@@ -135,7 +136,7 @@ class COSNet(CoAttention):
         features = self.encoder(torch.cat([target, reference]))
         batch = target.shape[0]
         exemplar, query = features[:batch], features[batch:]
-        attended_target, attended_reference = super().forward(exemplar, query)
+        attended_target, attended_reference = self.attend(exemplar, query)
         hidden_target = self.relu(self.bn1(self.conv1(torch.cat([attended_target, exemplar], dim=1))))
         hidden_reference = self.relu(self.bn2(self.conv2(torch.cat([attended_reference, query], dim=1))))
         return (
@@ -156,7 +157,7 @@ class COSNet(CoAttention):
         """
         exemplar = self.encoder(target)
         features = self.encoder(references.flatten(0, 1)).unflatten(0, references.shape[:2])
-        attended = super().forward_group(exemplar, features)
+        attended = self.attend_group(exemplar, features)
         hidden = self.relu(self.bn1(self.conv1(torch.cat([attended, exemplar], dim=1))))
         return _probability(self.main_classifier1(hidden), target.shape[2:])
 

@@ -60,9 +60,10 @@ class Bottleneck(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, in_channels, height, width) to (batch, 4 * planes, height / stride, width / stride)."""
         residual = x if self.downsample is None else self.downsample(x)
-        out = self.relu(self.bn1(self.conv1(x)))
+        out: torch.Tensor = self.relu(self.bn1(self.conv1(x)))
         out = self.relu(self.bn2(self.conv2(out)))
-        return self.relu(self.bn3(self.conv3(out)) + residual)
+        out = self.bn3(self.conv3(out)) + residual
+        return self.relu(out)  # type: ignore[no-any-return]
 
 
 def make_stages(
@@ -95,7 +96,7 @@ def make_stages(
                     stride=stride if position == 0 else 1,
                     stride_on_first=stride_on_first,
                     dilation=dilation,
-                    downsample=position == 0,
+                    downsample=position == 0 and (stride != 1 or in_channels != planes * EXPANSION),
                 )
             )
             in_channels = planes * EXPANSION

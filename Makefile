@@ -1,0 +1,34 @@
+# Everything runs in .venv, which the first target that needs it creates.
+PYTHON ?= python3
+# With torch installed first, nothing pulls another build. On a machine without an NVIDIA GPU, name a CPU build here.
+TORCH ?= torch==2.13.0
+BIN := .venv/bin
+
+.PHONY: demo test lint typecheck bench clean
+
+demo: .venv/ready
+	$(BIN)/edgeattn demo -o runs/demo
+
+test: .venv/ready
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2 --dist worksteal
+
+lint: .venv/ready
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+typecheck: .venv/ready
+	$(BIN)/mypy
+
+bench: .venv/ready
+	$(BIN)/python benchmarks/criss_cross_forms.py
+	$(BIN)/python benchmarks/rewrite_chain.py
+	$(BIN)/python benchmarks/official_size.py
+
+.venv/ready: pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet "$(TORCH)"
+	$(BIN)/pip install --quiet --editable ".[dev]"
+	touch $@
+
+clean:
+	rm -rf .venv runs build *.egg-info

@@ -1,0 +1,38 @@
+"""`edgeattn compare`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeattn.cli.console import CONSOLE, parity_table, print_failures, progress_bars
+from edgeattn.deploy.evidence import BUNDLED
+from edgeattn.deploy.files import compare_files
+
+
+def compare(
+    checkpoint: Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")],
+    onnx_files: Annotated[list[Path], typer.Argument(help="ONNX forms of the model.")],
+    model: Annotated[str, typer.Option(help="Model declaration; see `edgeattn list models`.")],
+    images: Annotated[
+        Path | None, typer.Option(help="Images that parity is judged on; held-out samples by default.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="How many samples parity is judged on, at most.")] = 200,
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for parity.json and report.")] = None,
+) -> None:
+    """Judge ONNX files against the PyTorch original with the same weights.
+
+    Exit status 1 when a file fails parity, 2 when the input cannot be used.
+    """
+    with progress_bars() as progress:
+        parity = compare_files(
+            model, checkpoint, onnx_files, images=images, sample_count=samples, output=output, progress=progress
+        )
+    CONSOLE.print(parity_table(model, parity))
+    if output:
+        CONSOLE.print(f"report: {output / 'report.html'}")
+    print_failures(model, parity)
+    if not parity.passed:
+        raise typer.Exit(1)

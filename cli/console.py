@@ -1,0 +1,81 @@
+"""What the sub-commands share on the terminal: consoles, progress bars, tables, size strings."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import re
+from collections.abc import Iterator
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from edgeattn.deploy.pipeline import Progress as ProgressCallback
+from edgeattn.foundation import UserError
+from edgeattn.validation.parity import Parity
+
+CONSOLE = Console()
+ERRORS = Console(stderr=True)
+
+
+def parse_size(text: str) -> tuple[int, int]:
+    """Return (height, width) from a string such as "128x160".
+
+    Raises:
+        UserError: another form, or a size below 16 or above 16384 pixels.
+    """
+    match = re.fullmatch(r"(\d{1,6})x(\d{1,6})", text.strip())
+    if not match:
+        raise UserError(f"the size {text!r} is not HEIGHTxWIDTH. Write for example --size 128x160.")
+    height, width = int(match[1]), int(match[2])
+    if not (16 <= height <= 16384 and 16 <= width <= 16384):
+        raise UserError(
+            f"the size {text!r} is outside 16 to 16384 pixels a side. Choose the size the network will see."
+        )
+    return height, width
+
+
+@contextlib.contextmanager
+def progress_bars(prefix: str = "") -> Iterator[ProgressCallback]:
+    """Show one bar per stage while the block runs, and yield the function that moves them."""
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=CONSOLE, transient=False) as bars:
+        tasks = {}
+
+        def move(stage: str, done: int, total: int) -> None:
+            if stage not in tasks:
+                tasks[stage] = bars.add_task(f"{prefix}{stage}", total=total)
+            bars.update(tasks[stage], completed=done, total=total)
+
+        yield move
+
+
+def parity_table(name: str, parity: Parity) -> Table:
+    """Return the verdicts of a comparison as a table, a row per form."""
+    table = Table(title=f"{name}: parity with PyTorch (CPU)", title_justify="left")
+    for column in ("form", "relative L2", "max abs", "same labels", "mIoU", "change", "verdict"):
+        table.add_column(column, justify="left" if column in ("form", "verdict") else "right", no_wrap=True)
+    table.add_row("PyTorch", "", "", "", f"{parity.original.mean_iou:.4f}", "", "", style="dim")
+    for entry in parity.forms:
+        errors = entry.outputs.values()
+        table.add_row(
+            entry.form.name,
+            f"{max((error.worst_relative_l2 for error in errors), default=math.nan):.1e}",
+            f"{max((error.max_abs for error in errors), default=math.nan):.1e}",
+            f"{entry.label_agreement:.3%}",
+            f"{entry.score.mean_iou:.4f}",
+            f"{-100 * entry.task_drop:+.2f}",
+            "[green]PASS[/]" if entry.passed else "[bold red]FAIL[/]",
+        )
+    return table
+
+
+def print_failures(name: str, parity: Parity) -> None:
+    """Print why forms and sizes failed, if any did."""
+    for entry in parity.forms:
+        for reason in entry.reasons:
+            ERRORS.print(f"[bold red]FAIL[/] {name}, {entry.form.name}: {reason}")
+    for check in parity.sizes:
+        for reason in check.reasons:
+            ERRORS.print(f"[bold red]FAIL[/] {name}, {check.form} at {check.size[0]}x{check.size[1]}: {reason}")

@@ -1,0 +1,60 @@
+"""`edgeattn list`."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+from rich.table import Table
+
+from edgeattn.blocks import BLOCKS
+from edgeattn.cli.console import CONSOLE
+from edgeattn.foundation import UserError
+from edgeattn.models import MODELS
+from edgeattn.plugins_trt import PLUGINS
+from edgeattn.targets import TARGETS
+
+
+def _blocks() -> Table:
+    table = Table("block", "paper", "plugin", "in FP16")
+    for block in BLOCKS:
+        table.add_row(block.name, block.paper, block.plugin or "", block.precision)
+    return table
+
+
+def _models() -> Table:
+    table = Table("model", "what it is", "size", "weights")
+    for model in MODELS:
+        weights = "bundled" if model.checkpoint else "yours"
+        table.add_row(model.name, model.summary, f"{model.size[0]}x{model.size[1]}", weights)
+    return table
+
+
+def _plugins() -> Table:
+    table = Table("operation", "inputs", "what it computes")
+    for plugin in PLUGINS:
+        table.add_row(plugin.op_type, ", ".join(tensor.name for tensor in plugin.inputs), plugin.summary)
+    return table
+
+
+def _targets() -> Table:
+    table = Table("target", "what it is", "TensorRT", "CUDA", "SM")
+    for target in TARGETS:
+        table.add_row(target.name, target.summary, _dotted(target.tensorrt), _dotted(target.cuda), f"sm_{target.sm}")
+    return table
+
+
+def _dotted(version: tuple[int, int]) -> str:
+    return f"{version[0]}.{version[1]}"
+
+
+_LISTINGS = {"blocks": _blocks, "models": _models, "plugins": _plugins, "targets": _targets}
+
+
+def list_declarations(
+    what: Annotated[str, typer.Argument(help=f"One of {', '.join(_LISTINGS)}.", show_default=False)],
+) -> None:
+    """List the blocks, models, plugin operations or deployment targets."""
+    if what not in _LISTINGS:
+        raise UserError(f"edgeattn cannot list {what!r}. It lists {', '.join(_LISTINGS)}.")
+    CONSOLE.print(_LISTINGS[what]())

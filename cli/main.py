@@ -1,0 +1,38 @@
+"""The `edgeattn` command."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from edgeattn.cli import compare, demo, export, listing, rewrite
+from edgeattn.cli.console import ERRORS
+from edgeattn.foundation import UserError
+
+app = typer.Typer(
+    name="edgeattn",
+    help="Trained attention models from PyTorch to TensorRT, with proof that nothing changed on the way.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+app.command("list")(listing.list_declarations)
+app.command("export")(export.export)
+app.command("compare")(compare.compare)
+app.command("rewrite")(rewrite.rewrite)
+app.command("demo")(demo.demo)
+
+
+def main() -> None:
+    """Run the command; bad input ends in one paragraph on stderr and exit status 2."""
+    try:
+        app()
+    except UserError as error:
+        ERRORS.print("[bold red]error:[/]", end=" ")
+        ERRORS.print(str(error), markup=False, highlight=False, soft_wrap=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,1 @@
+"""From a checkpoint to a verified run directory, and everything around the device."""

@@ -1,0 +1,93 @@
+"""Work on ONNX files that the user already has: comparing and rewriting them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+
+from edgeattn.deploy.evidence import checkpoint_path, evaluation_samples, load_original, write_evidence
+from edgeattn.deploy.pipeline import Progress, save_model
+from edgeattn.export.rewrite import RewriteResult
+from edgeattn.export.rewrite import rewrite as rewrite_model
+from edgeattn.export.run_directory import versions
+from edgeattn.export.surgery import strip_bodies
+from edgeattn.foundation import UserError, sha256_of
+from edgeattn.models import MODELS
+from edgeattn.validation.parity import Form, Parity, compare_forms
+from edgeattn.validation.runners import facts_of, load_form
+
+
+def form_of(path: Path) -> Form:
+    """Describe an ONNX file as a form: its precision and plugin nodes are read from the graph.
+
+    Raises:
+        UserError: the file is missing or no ONNX model.
+    """
+    facts = facts_of(load_form(path), path)
+    precision = "int8" if facts.qdq else "fp16" if facts.fp16 else "fp32"
+    return Form(path.name, path, precision, plugin=bool(facts.plugin_nodes))
+
+
+def compare_files(
+    model: str,
+    checkpoint: str,
+    files: Sequence[Path],
+    *,
+    images: Path | None = None,
+    sample_count: int = 200,
+    output: Path | None = None,
+    progress: Progress | None = None,
+) -> Parity:
+    """Judge ONNX files against the PyTorch original with the same weights.
+
+    Args:
+        model: name of the model's declaration.
+        checkpoint: path of the trained weights, or "bundled".
+        files: ONNX forms of the model.
+        images: folder of images to judge on; the model's held-out samples when None.
+        sample_count: how many samples to judge on, at most.
+        output: folder for `parity.json` and `report.html`; nothing is written when None.
+        progress: told about the samples done.
+
+    Raises:
+        UserError: something given cannot be used.
+    """
+    spec = MODELS.get(model)
+    path = checkpoint_path(spec, checkpoint)
+    original = load_original(spec, path)
+    forms = [form_of(file) for file in files]
+    samples = evaluation_samples(spec, images, spec.size, sample_count)
+
+    def move(done: int) -> None:
+        if progress:
+            progress("compare", done, len(samples))
+
+    parity = compare_forms(spec, original, forms, samples, progress=move)
+    if output:
+        facts = {
+            "model": spec.name,
+            "checkpoint_sha256": sha256_of(path),
+            "files": {file.name: sha256_of(file) for file in files},
+            "versions": versions(),
+        }
+        write_evidence(parity, output, facts)
+    return parity
+
+
+def rewrite_file(model: Path, output: Path, *, strip: bool = False, seed: int = 0) -> RewriteResult:
+    """Replace the attention cores of an ONNX file by plugin nodes and write the result.
+
+    Args:
+        model: any ONNX file.
+        output: the file to write.
+        strip: leave out the function bodies, as TensorRT up to 10.6 needs.
+        seed: of the inputs that each replacement is verified on.
+
+    Raises:
+        UserError: the file is missing or no ONNX model, or the output cannot be written.
+    """
+    if output.is_dir():
+        raise UserError(f"the output {output} is a folder. Give a file name with -o.")
+    result = rewrite_model(load_form(model), seed=seed)
+    save_model(strip_bodies(result.model) if strip else result.model, output)
+    return result

@@ -1,0 +1,258 @@
+"""From a checkpoint to a run directory: every stage of `edgeattn export`, composed."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import onnx
+import torch
+
+from edgeattn.deploy.evidence import BUNDLED, checkpoint_path, evaluation_samples, load_original, write_evidence
+from edgeattn.export.calibration import CalibrationSamples, calibration_samples
+from edgeattn.export.fp16 import to_fp16
+from edgeattn.export.int8 import to_int8
+from edgeattn.export.run_directory import RunDirectory
+from edgeattn.export.surgery import inline_plugins, strip_bodies
+from edgeattn.export.to_onnx import DEFAULT_OPSET, to_onnx
+from edgeattn.foundation import UserError, atomic_path, sha256_of, write_text
+from edgeattn.models import MODELS
+from edgeattn.models.checkpoint import load_checkpoint, read_checkpoint
+from edgeattn.targets import TARGETS, Target
+from edgeattn.validation.parity import Form, Parity, compare_forms, compare_sizes
+
+Progress = Callable[[str, int, int], None]
+"""Called with the stage's name, the steps done and the steps in all."""
+
+
+@dataclass(frozen=True)
+class ExportRequest:
+    """What to export and which forms to make.
+
+    Attributes:
+        model: name of the model's declaration.
+        checkpoint: path of the trained weights, or "bundled".
+        size: (height, width) of the exported graph, and the example size of a dynamic one; the model's own when None.
+        dynamic: batch, height and width may vary.
+        fp16: make the FP16 forms.
+        int8: make the INT8 forms (convolutions in INT8, the rest in FP16).
+        calibration: folder of images or .npz for INT8; the model's bundled training images when None.
+        plugins: also make the forms with plugin nodes.
+        target: deployment target, which decides the opset and whether plugin nodes come without bodies.
+        opset: version of the standard operators; the target's when None.
+        images: folder of images to judge parity on; the model's held-out samples when None.
+        sample_count: how many samples or images to judge on, at most.
+        extra_sizes: further (height, width) at which dynamic forms are judged.
+    """
+
+    model: str
+    checkpoint: str = BUNDLED
+    size: tuple[int, int] | None = None
+    dynamic: bool = False
+    fp16: bool = False
+    int8: bool = False
+    calibration: Path | None = None
+    plugins: bool = False
+    target: str | None = None
+    opset: int | None = None
+    images: Path | None = None
+    sample_count: int = 200
+    extra_sizes: tuple[tuple[int, int], ...] = ()
+
+
+class ExportRun:
+    """One `edgeattn export`: makes the forms of a request in a run directory.
+
+    Args:
+        request: what to make.
+        output: the run directory.
+        progress: told about stages and steps.
+
+    Raises:
+        UserError: unknown names, sizes, or data that cannot be used; found before any long work.
+    """
+
+    def __init__(self, request: ExportRequest, output: Path, progress: Progress | None = None) -> None:
+        self.request = request
+        self.spec = MODELS.get(request.model)
+        self.target: Target | None = TARGETS.get(request.target) if request.target else None
+        self.size = request.size or self.spec.size
+        self.progress = progress or (lambda stage, done, total: None)
+        self.checkpoint = checkpoint_path(self.spec, request.checkpoint)
+        self.model = self.spec.build()
+        self.load_report = load_checkpoint(self.model, read_checkpoint(self.checkpoint))
+        self.calibration = self._calibration() if request.int8 else None
+        self.samples = evaluation_samples(self.spec, request.images, self.size, request.sample_count)
+        self.directory = RunDirectory(output)
+
+    def run(self) -> Parity:
+        """Make every form, compare them with the original, and write `parity.json` and `report.html`."""
+        self.directory.describe(self._facts())
+        write_text(self.directory.path / "load_report.json", json.dumps(self.load_report.as_dict(), indent=1) + "\n")
+        forms = self.make_forms()
+        return self.judge(forms)
+
+    def make_forms(self) -> list[Form]:
+        """Write the ONNX files and return the forms among them that the user asked for."""
+        plugin_forms = {"fp32": self._export()}
+        if self.request.fp16:
+            plugin_forms["fp16"] = self._convert("fp16", plugin_forms["fp32"], lambda model: to_fp16(model).model, {})
+        if self.calibration is not None:
+            samples = self.calibration
+            plugin_forms["int8"] = self._convert(
+                "int8",
+                plugin_forms["fp32"],
+                lambda model: to_fp16(to_int8(model, samples, progress=self._calibrated)).model,
+                {"calibration": samples.fingerprint},
+            )
+        forms = []
+        for precision, path in plugin_forms.items():
+            plain = self._inline(precision, path)
+            forms.append(Form(f"{precision}", plain, precision, plugin=False))
+            if self.request.plugins:
+                forms.append(Form(f"{precision} plugin", path, precision, plugin=True))
+                if self.target and not self.target.takes_function_bodies:
+                    self._strip(precision, path)
+        return forms
+
+    def judge(self, forms: Sequence[Form]) -> Parity:
+        """Compare forms with the original and write the results."""
+        original = load_original(self.spec, self.checkpoint)
+        total = len(self.samples)
+        parity = compare_forms(
+            self.spec, original, forms, self.samples, progress=lambda done: self.progress("compare", done, total)
+        )
+        if self.request.extra_sizes:
+            sizes = compare_sizes(self.spec, original, forms, self.request.extra_sizes, samples=self.samples[:2])
+            parity = dataclasses.replace(parity, sizes=sizes)
+        write_evidence(parity, self.directory.path, self.directory.manifest)
+        return parity
+
+    def _export(self) -> Path:
+        opset = self.request.opset or (self.target.opset if self.target else DEFAULT_OPSET)
+        settings = {
+            "model": self.spec.name,
+            "size": list(self.size),
+            "dynamic": self.request.dynamic,
+            "opset": opset,
+        }
+        path = self._plugin_path("fp32")
+
+        def work() -> None:
+            self.progress("export", 0, 1)
+            height, width = self.size
+            # A dynamic batch is exported with an example of two, because torch specialises axes of size one.
+            example = torch.randn(2 if self.request.dynamic else 1, 3, height, width)
+            kept = [index for index, output in enumerate(self.spec.outputs) if not output.auxiliary]
+            axes = {0: "batch", 2: "height", 3: "width"}
+            model = to_onnx(
+                self.model,
+                [example] * len(self.spec.inputs),
+                input_names=self.spec.inputs,
+                output_names=self.spec.main_outputs,
+                outputs=kept,
+                dynamic_axes=[axes] * len(self.spec.inputs) if self.request.dynamic else None,
+                opset=opset,
+            )
+            save_model(model, path)
+            self.progress("export", 1, 1)
+
+        return self._stage("export", work, settings, [self.checkpoint], path)
+
+    def _convert(
+        self,
+        precision: str,
+        source: Path,
+        convert: Callable[[onnx.ModelProto], onnx.ModelProto],
+        settings: Mapping[str, object],
+    ) -> Path:
+        path = self._plugin_path(precision)
+
+        def work() -> None:
+            self.progress(precision, 0, 1)
+            save_model(convert(onnx.load(source)), path)
+            self.progress(precision, 1, 1)
+
+        return self._stage(precision, work, settings, [source], path)
+
+    def _inline(self, precision: str, source: Path) -> Path:
+        path = self.directory.path / f"model{_suffix(precision)}.onnx"
+        return self._stage(
+            f"inline-{precision}", lambda: save_model(inline_plugins(onnx.load(source)), path), {}, [source], path
+        )
+
+    def _strip(self, precision: str, source: Path) -> Path:
+        path = self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
+        return self._stage(
+            f"strip-{precision}", lambda: save_model(strip_bodies(onnx.load(source)), path), {}, [source], path
+        )
+
+    def _stage(
+        self, name: str, work: Callable[[], object], settings: Mapping[str, object], inputs: list[Path], output: Path
+    ) -> Path:
+        relative = output.relative_to(self.directory.path).as_posix()
+        return self.directory.stage(name, work, settings=settings, inputs=inputs, outputs=[relative])[0]
+
+    def _plugin_path(self, precision: str) -> Path:
+        """Where a plugin form goes; it is an intermediate, kept out of sight, unless asked for."""
+        folder = self.directory.path if self.request.plugins else self.directory.path / "intermediate"
+        return folder / f"model.plugin{_suffix(precision)}.onnx"
+
+    def _calibration(self) -> CalibrationSamples:
+        """Open the calibration images: the user's, or those that come with the model. They are never random."""
+        height, width = (None, None) if self.request.dynamic else self.size
+        shapes = dict.fromkeys(self.spec.inputs, (None if self.request.dynamic else 1, 3, height, width))
+        if self.request.calibration is not None:
+            return calibration_samples(
+                self.request.calibration, inputs=shapes, size=self.size, preprocess=self.spec.preprocessing
+            )
+        if self.spec.calibration is None:
+            raise UserError(
+                f"INT8 needs real images, and none are bundled with {self.spec.name}. "
+                "Give a folder of images or an .npz file with --calibration."
+            )
+        bundled = [self.spec.network_inputs(sample) for sample in self.spec.calibration(CALIBRATION_COUNT)]
+        return calibration_samples(bundled, inputs=shapes)
+
+    def _facts(self) -> dict[str, object]:
+        return {
+            "model": self.spec.name,
+            "checkpoint": self.checkpoint.name,
+            "checkpoint_sha256": sha256_of(self.checkpoint),
+            "size": list(self.size),
+            "dynamic": self.request.dynamic,
+            "target": self.target.name if self.target else None,
+            "calibration": self._calibration_facts(),
+            "evaluation": str(self.request.images.name) if self.request.images else "held-out samples",
+            "samples": len(self.samples),
+            "tf32": False,
+            "measured_on": "CPU, ONNX Runtime",
+        }
+
+    def _calibration_facts(self) -> dict[str, object] | None:
+        if self.calibration is None:
+            return None
+        origin = self.request.calibration.name if self.request.calibration else f"bundled with {self.spec.name}"
+        return {"origin": origin, "samples": self.calibration.count, "sha256": self.calibration.fingerprint}
+
+    def _calibrated(self, batches: int) -> None:
+        self.progress("calibrate", batches, self.calibration.count if self.calibration else batches)
+
+
+CALIBRATION_COUNT = 64
+"""Bundled images that INT8 is calibrated on."""
+
+
+def save_model(model: onnx.ModelProto, path: Path) -> Path:
+    """Write a model atomically after checking it."""
+    onnx.checker.check_model(model)
+    with atomic_path(path) as temporary:
+        onnx.save(model, temporary)
+    return path
+
+
+def _suffix(precision: str) -> str:
+    return "" if precision == "fp32" else f".{precision}"

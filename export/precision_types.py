@@ -1,0 +1,157 @@
+"""Element types of the tensors of a graph, and what each operator allows in each place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from onnx import TensorProto
+
+from edgeattn.foundation import UserError
+from edgeattn.plugins_trt import DOMAIN
+
+IR_VERSION = 10
+"""IR version of every model that is written: what ONNX Runtime and the TensorRT parsers of all targets read."""
+
+FP16_LIMIT = 65504.0
+"""Largest finite FP16 number."""
+
+SCALE_LOSS = 2.0**-9
+"""Relative change a scalar may take when rounded to FP16: half of INT8's own rounding, and four times FP16's."""
+
+_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+
+
+def standard_opset(model: onnx.ModelProto) -> int:
+    """Return the version of the standard operators that the model imports.
+
+    Raises:
+        UserError: it imports none.
+    """
+    for entry in model.opset_import:
+        if entry.domain in ("", "ai.onnx"):
+            return entry.version
+    raise UserError("the ONNX model imports no standard operator set. Export it again with an explicit opset.")
+
+
+def element_types(model: onnx.ModelProto) -> dict[str, int]:
+    """Return the element type (`TensorProto.DataType`) of every tensor of the main graph whose type is known.
+
+    Types come from the graph's own records and from shape inference, which looks into local functions. Shapes that
+    inference would add are not used anywhere: invented symbolic sizes make ONNX Runtime reject correct graphs.
+
+    Raises:
+        UserError: inference finds that operators and types do not fit.
+    """
+    try:
+        inferred = onnx.shape_inference.infer_shapes(model, check_type=True, strict_mode=True)
+    except onnx.shape_inference.InferenceError as error:
+        raise UserError(
+            f"the ONNX model has inconsistent types or shapes: {str(error).strip()}. Check it with "
+            "onnx.checker.check_model(model, full_check=True) and export it again."
+        ) from error
+    graph = inferred.graph
+    types = {
+        info.name: info.type.tensor_type.elem_type
+        for info in (*graph.value_info, *graph.input, *graph.output)
+        if info.type.HasField("tensor_type")
+    }
+    types.update({tensor.name: tensor.data_type for tensor in graph.initializer})
+    for node in graph.node:  # a plugin node without its function body: outputs have the inputs' type
+        if node.domain == DOMAIN and node.input[0] in types:
+            for name in node.output:
+                types.setdefault(name, types[node.input[0]])
+    return types
+
+
+def write_types(model: ir.Model, types: dict[str, int]) -> None:
+    """Give every value of the main graph that has no type yet its element type (and no shape)."""
+    for value in graph_values(model.graph):
+        if value.type is None and types.get(value.name or "", 0):
+            value.type = ir.TensorType(ir.DataType(types[value.name or ""]))
+
+
+def graph_values(graph: ir.Graph) -> Iterator[ir.Value]:
+    """Yield inputs, initializers and node outputs of a graph, without those of its subgraphs."""
+    yield from graph.inputs
+    yield from graph.initializers.values()
+    for node in graph:
+        yield from node.outputs
+
+
+def check_types(model: onnx.ModelProto) -> None:
+    """Check structure, names, order, operators and the element types of every operator's inputs and outputs.
+
+    Raises:
+        onnx.checker.ValidationError: the structure is wrong.
+        onnx.shape_inference.InferenceError: types or shapes do not fit.
+    """
+    onnx.checker.check_model(model, full_check=True)
+
+
+def allows_half(node: ir.Node, index: int, opset: int, *, output: bool) -> bool:
+    """Say whether FP16 is a legal type for one floating-point input or output of an operator.
+
+    Operators of domain `edgeattn` take one floating-point type throughout; other operators without a schema are
+    unknown and allow nothing. An input fixed to float, such as the scales of Resize, stays float.
+    """
+    if node.domain == DOMAIN:
+        return True
+    schema = _schema(node, opset)
+    if schema is None:
+        return False
+    formals = schema.outputs if output else schema.inputs
+    formal = formals[min(index, len(formals) - 1)]
+    allowed = {entry.type_param_str: entry.allowed_type_strs for entry in schema.type_constraints}
+    return "tensor(float16)" in allowed.get(formal.type_str, [formal.type_str])
+
+
+def _schema(node: ir.Node, opset: int) -> onnx.defs.OpSchema | None:
+    try:
+        return onnx.defs.get_schema(node.op_type, opset, node.domain)
+    except onnx.defs.SchemaError:
+        return None
+
+
+def constant_array(value: ir.Value | None) -> np.ndarray | None:
+    """Return the numbers of an initializer, or None for anything else."""
+    if value is None or value.const_value is None or not value.is_initializer():
+        return None
+    return value.const_value.numpy()
+
+
+def fp16_defect(array: np.ndarray) -> str | None:
+    """Say why FP16 cannot hold a constant, or None when it can.
+
+    Infinities are legal. A tensor is refused when a finite number overflows or when every non-zero number vanishes; a
+    single number also when rounding changes it by more than `SCALE_LOSS`.
+    """
+    exact = np.asarray(array, dtype=np.float64)
+    with np.errstate(over="ignore"):
+        half = exact.astype(np.float16).astype(np.float64)
+    finite = np.isfinite(exact)
+    if np.any(finite & ~np.isfinite(half)):
+        return f"{exact[finite & ~np.isfinite(half)].flat[0]:g} exceeds {FP16_LIMIT:g}"
+    nonzero = finite & (exact != 0)
+    if np.any(nonzero) and not np.any(half[nonzero]):
+        return f"{np.abs(exact[nonzero]).max():g} vanishes"
+    if exact.size == 1 and np.any(nonzero) and abs(half - exact).item() > SCALE_LOSS * abs(exact).item():
+        return f"{exact.item():g} becomes {half.item():g}"
+    return None
+
+
+def vanishing_count(array: np.ndarray) -> int:
+    """Return how many non-zero numbers become zero in FP16."""
+    return int(np.count_nonzero((array != 0) & (np.abs(array) < 1) & (array.astype(np.float16) == 0)))
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Say whether a value is an FP32 tensor."""
+    return value is not None and value.dtype == _FLOAT
+
+
+def has_half(types: dict[str, int]) -> bool:
+    """Say whether any tensor already has a reduced floating-point type."""
+    return any(kind in (TensorProto.FLOAT16, TensorProto.BFLOAT16) for kind in types.values())

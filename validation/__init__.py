@@ -1,0 +1,1 @@
+"""Independent originals, comparison, tolerances and the report."""

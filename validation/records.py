@@ -1,0 +1,197 @@
+"""The record of a comparison: what was compared, measured, allowed and found; and its JSON form."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, field, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edgeattn.foundation import write_text
+from edgeattn.validation.metrics import HISTOGRAM_EDGES, TensorError
+from edgeattn.validation.runners import FormFacts, Latency
+from edgeattn.validation.tolerance import Tolerance, require_precision
+
+STATUS = "Measured on CPU with ONNX Runtime; nothing here ran on TensorRT, a GPU or a Jetson."
+"""What no reader may misunderstand about the numbers of this module."""
+
+
+@dataclass(frozen=True)
+class Form:
+    """One ONNX form of a model.
+
+    Attributes:
+        name: unique name in tables, such as "fp16 plugin".
+        path: the ONNX file.
+        precision: "fp32", "fp16" or "int8".
+        plugin: the attention cores are nodes of domain `edgeattn`.
+
+    Raises:
+        UserError: the precision is unknown.
+    """
+
+    name: str
+    path: Path
+    precision: str
+    plugin: bool
+
+    def __post_init__(self) -> None:
+        require_precision(self.precision)
+
+
+@dataclass(frozen=True)
+class TaskScore:
+    """Mean IoU (0..1) over the classes that occur, and the IoU of each class, NaN where it does not occur."""
+
+    mean_iou: float
+    class_iou: tuple[float, ...]
+
+
+@dataclass(frozen=True)
+class FormParity:
+    """What was measured of one form, and the verdict.
+
+    Attributes:
+        form: the form.
+        facts: what its file holds.
+        measured: where and how the numbers were obtained.
+        outputs: error of each output; empty when the form did not run.
+        label_agreement: fraction of pixels labelled as the original labels them.
+        score: task metric against the targets.
+        task_drop: the original's mean IoU minus the form's (0..1).
+        tolerance: limits, with their derivation.
+        reasons: why it fails, one sentence each; empty when it passes.
+        latency: as ONNX Runtime runs the file on the CPU; None when not timed.
+    """
+
+    form: Form
+    facts: FormFacts
+    measured: str
+    outputs: Mapping[str, TensorError]
+    label_agreement: float
+    score: TaskScore
+    task_drop: float
+    tolerance: Tolerance
+    reasons: tuple[str, ...]
+    latency: Latency | None
+
+    @property
+    def passed(self) -> bool:
+        """Whether no limit was exceeded."""
+        return not self.reasons
+
+
+@dataclass(frozen=True)
+class SizeCheck:
+    """One form at one image size.
+
+    Attributes:
+        form: name of the form.
+        size: (height, width) in pixels.
+        relative_l2: largest relative L2 of a sample, by output.
+        label_agreement: fraction of pixels labelled as the original labels them.
+        reasons: why it fails; empty when it passes or was skipped.
+        skipped: why the size was not run; None when it was.
+    """
+
+    form: str
+    size: tuple[int, int]
+    relative_l2: Mapping[str, float]
+    label_agreement: float
+    reasons: tuple[str, ...]
+    skipped: str | None = None
+
+
+@dataclass(frozen=True)
+class Picture:
+    """One sample kept for the report.
+
+    Attributes:
+        images: RGB inputs (H, W, 3) uint8.
+        target: labels (K, H, W); None where the truth is not known.
+        original: labels by the original (K, H, W).
+        forms: labels by each form that ran.
+    """
+
+    images: tuple[np.ndarray, ...]
+    target: np.ndarray | None
+    original: np.ndarray
+    forms: Mapping[str, np.ndarray]
+
+
+@dataclass(frozen=True)
+class Parity:
+    """Result of a comparison.
+
+    Attributes:
+        model: name of the model.
+        classes: class names by label.
+        samples: number of samples compared.
+        unlabelled: how many of them have no target, so that the original's labels stood in for the truth.
+        original: task metric of the PyTorch original.
+        original_latency: of the original in eager PyTorch on the CPU; None when not timed.
+        forms: one entry per form, in the order given.
+        sizes: results of `compare_sizes`; add them with `dataclasses.replace`.
+        pictures: the first samples, for the report; not part of `as_dict`.
+        environment: versions of what computed the numbers.
+    """
+
+    model: str
+    classes: tuple[str, ...]
+    samples: int
+    unlabelled: int
+    original: TaskScore
+    original_latency: Latency | None
+    forms: tuple[FormParity, ...]
+    sizes: tuple[SizeCheck, ...] = ()
+    pictures: tuple[Picture, ...] = ()
+    environment: Mapping[str, str] = field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every form passed, at every size it takes."""
+        return all(entry.passed for entry in self.forms) and not any(check.reasons for check in self.sizes)
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return everything but the pictures in types that JSON has; NaN becomes null, infinity the string "inf"."""
+        record = {member.name: getattr(self, member.name) for member in fields(self) if member.name != "pictures"}
+        record["forms"] = [{"verdict": _VERDICT[entry.passed], **_members(entry)} for entry in self.forms]
+        return {
+            "verdict": _VERDICT[self.passed],
+            "status": STATUS,
+            "histogram_log10_edges": _plain(HISTOGRAM_EDGES.tolist()),
+            **_plain(record),
+        }
+
+
+_VERDICT = {True: "PASS", False: "FAIL"}
+
+
+def _members(value: Any) -> dict[str, Any]:
+    return {member.name: getattr(value, member.name) for member in fields(value)}
+
+
+def _plain(value: Any) -> Any:
+    """Return a value in the types that strict JSON has; of a path only the file's name, so that runs can move."""
+    if is_dataclass(value):
+        value = _members(value)
+    if isinstance(value, Mapping):
+        return {str(key): _plain(member) for key, member in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(member) for member in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else f"{value}"
+    return value.name if isinstance(value, Path) else value
+
+
+def write_parity(parity: Parity, path: str | Path) -> Path:
+    """Write `Parity.as_dict` as JSON, atomically, and return the path.
+
+    Raises:
+        UserError: the folder cannot be written.
+    """
+    return write_text(path, json.dumps(parity.as_dict(), indent=1, allow_nan=False) + "\n")
