@@ -124,6 +124,8 @@ class CoAttentionBase(nn.Module):
         if affinity in ("symmetric", "channelwise"):
             self.D = nn.Parameter(torch.ones(channels))
         self.gate = nn.Conv2d(channels, 1, kernel_size=1, bias=False) if gate else None
+        self.gate_bias: torch.Tensor
+        self.register_buffer("gate_bias", torch.zeros(1), persistent=False)  # the published gate has none
         self.core = CoAttentionCore()
         self.one_way_core = CoAttentionOneWayCore()
 
@@ -140,7 +142,10 @@ class CoAttentionBase(nn.Module):
         return self.core(self.project_target(exemplar), self.project_reference(query), exemplar, query, *self._gate())
 
     def attend_group(self, exemplar: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
-        """Attend from a target to N references at once, one softmax over all their positions.
+        """Attend from a target to N references at once, one softmax over all their positions, as the paper defines it.
+
+        The public script `siamese_model_conf_try_single.py` applies a softmax over the target's positions before this
+        one, by overwriting the affinity; no released checkpoint is known to use it, and it is not reproduced here.
 
         Args:
             exemplar: target features (batch, channels, height, width).
@@ -172,8 +177,7 @@ class CoAttentionBase(nn.Module):
         """Return the core's gate inputs: nothing, or weight (1, channels) and bias (1,)."""
         if self.gate is None:
             return ()
-        weight = self.gate.weight.flatten(1)
-        return weight, weight.new_zeros(1)
+        return self.gate.weight.flatten(1), self.gate_bias
 
 
 class CoAttention(CoAttentionBase):

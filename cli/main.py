@@ -29,9 +29,15 @@ def main() -> None:
     try:
         app()
     except UserError as error:
-        ERRORS.print("[bold red]error:[/]", end=" ")
-        ERRORS.print(str(error), markup=False, highlight=False, soft_wrap=True)
-        sys.exit(2)
+        _fail(str(error))
+    except OSError as error:  # a full disk, a vanished file: nothing to do with the code
+        _fail(f"{error.filename or 'a file'} cannot be read or written: {error.strerror or error}.")
+
+
+def _fail(message: str) -> None:
+    ERRORS.print("[bold red]error:[/]", end=" ")
+    ERRORS.print(message, markup=False, highlight=False, soft_wrap=True)
+    sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -192,7 +192,7 @@ _PLAIN = {
 
 
 def _edited(value: object, original: onnx.AttributeProto) -> bool:
-    """Tell whether a plain attribute differs from the source; tensors and subgraphs are replaced whole or not at all."""
+    """Tell whether a plain attribute differs from the source; tensors and subgraphs are replaced whole or not."""
     if original.type not in _PLAIN or original.ref_attr_name:
         return not isinstance(value, (gs.Tensor, gs.Graph, gs.Node.AttributeRef))
     before = getattr(original, _PLAIN[original.type])

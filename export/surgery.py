@@ -60,7 +60,7 @@ def attach_plugins(model: onnx.ModelProto, *, fp32_island: bool = False) -> onnx
     for node in graph.nodes:
         if node.domain == DOMAIN:
             node.attrs.update(plugin_namespace=DOMAIN, plugin_version=PLUGIN_VERSION)
-    result = strip_bodies(export_graph(graph, model))
+    result = _drop_bodies(export_graph(graph, model))
     if specs:
         opset = default_opset(model)
         result.functions.extend(spec.function(opset, fp32_island=fp32_island) for spec in specs)
@@ -68,7 +68,7 @@ def attach_plugins(model: onnx.ModelProto, *, fp32_island: bool = False) -> onnx
 
 
 def _operations(graph: gs.Graph, model: onnx.ModelProto) -> list[PluginSpec]:
-    """Return the operations that a graph uses, in order of appearance, and refuse what TensorRT could not tell apart."""
+    """Return the operations that a graph uses, in order, and refuse what TensorRT could not tell apart."""
     hidden = [node for node in _nested_nodes(model.graph) if node.domain == DOMAIN]
     if hidden:
         raise UserError(
@@ -116,10 +116,14 @@ def strip_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
     """
     result = onnx.ModelProto()
     result.CopyFrom(model)
-    others = [function for function in model.functions if function.domain != DOMAIN]
-    del result.functions[:]
-    result.functions.extend(others)
-    return result
+    return _drop_bodies(result)
+
+
+def _drop_bodies(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Remove the functions of domain `edgeattn` in place and return the model."""
+    for index in reversed([place for place, item in enumerate(model.functions) if item.domain == DOMAIN]):
+        del model.functions[index]
+    return model
 
 
 def inline_plugins(model: onnx.ModelProto) -> onnx.ModelProto:
@@ -228,7 +232,7 @@ def _fold(model: ir.Model) -> None:
     ):
         clean(model)
     for node in model.graph:
-        name, metadata = known.get(node.outputs[0].name, (node.name, {}))
+        name, metadata = known.get(node.outputs[0].name or "", (node.name, {}))
         node.name = name
         if not node.metadata_props:
             node.metadata_props.update(metadata)
@@ -309,7 +313,7 @@ def _folded(convolution: gs.Node, norm: gs.Node) -> tuple[np.ndarray, np.ndarray
     weight, *given = [constant_value(tensor) for tensor in convolution.inputs[1:] if tensor.name]
     gain, shift, mean, variance = (np.float64(constant_value(tensor)) for tensor in norm.inputs[1:])
     assert weight is not None  # `_foldable` has checked
-    bias = np.float64(given[0]) if given else np.zeros(len(gain))
+    bias = np.float64(given[0]) if given else np.float64(0)
     scale = gain / np.sqrt(variance + norm.attrs.get("epsilon", 1e-5))
     new_weight = np.float64(weight) * scale.reshape(-1, *[1] * (weight.ndim - 1))
     return new_weight.astype(weight.dtype), ((bias - mean) * scale + shift).astype(weight.dtype)

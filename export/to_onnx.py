@@ -98,6 +98,8 @@ def to_onnx(
         )
     if len(input_names) != len(example):
         raise UserError(f"{len(input_names)} input names were given for {len(example)} example inputs: {input_names}.")
+    # torch.export takes one tensor given twice for one input.
+    example = [tensor.clone() for tensor in example]
     wrapped = _Selected(hide_cores(prepare_for_export(model)), method, outputs)
     dynamic = None if dynamic_axes is None else (tuple(dict(axes) for axes in dynamic_axes),)
     with torch.no_grad():

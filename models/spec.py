@@ -32,7 +32,8 @@ class Preprocessing:
     def __call__(self, image: np.ndarray) -> np.ndarray:
         """Turn an RGB image (H, W, 3) uint8 into a float32 array (1, 3, H, W)."""
         ordered = image if self.colour_order == "RGB" else image[..., ::-1]
-        normal = (ordered.astype(np.float32) * self.scale - np.float32(self.mean)) / np.float32(self.std)
+        mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
+        normal = (ordered.astype(np.float32) * np.float32(self.scale) - mean) / std
         return np.ascontiguousarray(normal.transpose(2, 0, 1)[None], dtype=np.float32)
 
 

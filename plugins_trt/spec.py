@@ -77,7 +77,8 @@ class PluginSpec:
         function.CopyFrom(self._parsed)
         for entry in function.opset_import:
             entry.version = opset
-        nodes, renamed = [], {}
+        nodes: list[onnx.NodeProto] = []
+        renamed: dict[str, str] = {}
         for node in function.node:
             if node.op_type in (_WIDEN, _NARROW):
                 if not fp32_island:

@@ -79,8 +79,8 @@ class Editor:
 
         The product is rounded once, from FP64; convolutions that share weights and factor share the new weights.
         """
-        names = {proto.name for proto in snippet.nodes if proto.op_type in ("Mul", "Div")}
-        for node in [node for node in self.graph.nodes if node.name in names]:
+        names = [proto.name for proto in snippet.nodes if proto.op_type in ("Mul", "Div")]
+        for node in (self._tensors[name].inputs[0] for name in names):
             source, factor = node.inputs[0], constant_value(node.inputs[1])
             if factor is None or not source.inputs or len(source.outputs) != 1 or source.name in self._outputs:
                 continue

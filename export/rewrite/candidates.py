@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import numpy as np
 import onnx
@@ -127,13 +128,13 @@ class Snippet:
     nodes: list[onnx.NodeProto] = field(default_factory=list)
     constants: dict[str, np.ndarray] = field(default_factory=dict)
 
-    def add(self, operator: str, inputs: Sequence[str], step: str, *, domain: str = "", **attributes: object) -> str:
+    def add(self, operator: str, inputs: Sequence[str], step: str, **attributes: Any) -> str:
         """Append a node of one output and return the output's name."""
         name = f"{self.prefix}/{step}"
-        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, domain=domain, **attributes))
+        self.nodes.append(helper.make_node(operator, inputs, [name], name=name, **attributes))
         return name
 
-    def constant(self, value: np.ndarray, step: str) -> str:
+    def constant(self, value: np.ndarray | np.generic, step: str) -> str:
         """Add a constant and return its name."""
         name = f"{self.prefix}/{step}"
         self.constants[name] = np.asarray(value)

@@ -29,15 +29,19 @@ def mask_fault(candidate: Candidate, quiet: Arrays) -> str:
     masked = {name: int((quiet[tensor.name] < _MASKED).sum()) for name, tensor in candidate.attention.items()}
     pixels = batch * height * width
     if masked["row"] and not masked["column"]:
-        return (
-            "the mask is on the row branch; criss-cross attention masks the pixel in its column and counts it in its row"
-        )
+        return "the mask is on the row branch; criss-cross attention hides the pixel in its column instead"
     if masked["row"]:
         return "both branches are masked; criss-cross attention masks the pixel in its column only"
+    column = quiet[candidate.attention["column"].name]
+    if not masked["column"] and column.min() < 0.99 * column.max():
+        share = column.min() / column.max()
+        return f"the mask is too weak: with equal energies the pixel keeps {share:.2g} of its weight in its column"
     if not masked["column"]:
         return "no diagonal mask: the pixel itself would be counted twice, in its column and in its row"
     if masked["column"] != pixels:
-        return f"the mask hides {masked['column'] / pixels:.3g} positions for each pixel instead of one, the pixel itself"
+        return (
+            f"the mask hides {masked['column'] / pixels:.3g} positions for each pixel instead of one, the pixel itself"
+        )
     return ""
 
 
@@ -134,8 +138,7 @@ def _maps(
 _Relatives = dict[str, Callable[[np.ndarray, np.ndarray, np.ndarray], Iterator[np.ndarray]]]
 
 _LINES: _Relatives = {
-    "query and key change places in the column branch only": partial(_lines, swap="column"),
-    "query and key change places in the row branch only": partial(_lines, swap="row"),
+    "query and key change places between the column and the row branch": partial(_lines, swap="row"),
     "the attention of the column branch is applied transposed": partial(_lines, transpose="column"),
     "the attention of the row branch is applied transposed": partial(_lines, transpose="row"),
     "the mask is off the diagonal: it hides the next pixel of the column": partial(_lines, shift=1),

@@ -46,7 +46,9 @@ class Runner:
             list(nodes),
             "core",
             [
-                helper.make_tensor_value_info(name, helper.np_dtype_to_tensor_dtype(inputs[name].dtype), inputs[name].shape)
+                helper.make_tensor_value_info(
+                    name, helper.np_dtype_to_tensor_dtype(inputs[name].dtype), inputs[name].shape
+                )
                 for name in self._inputs
             ],
             [onnx.ValueInfoProto(name=name) for name in outputs],
@@ -128,7 +130,9 @@ class Cutter:
             return numbers.setdefault(name, len(numbers)) if name else -1
 
         for tensor in candidate.inputs:
-            digest.update(repr((number(tensor.name), [sizes.shapes.get(tensor.name) for sizes in self.trials])).encode())
+            digest.update(
+                repr((number(tensor.name), [sizes.shapes.get(tensor.name) for sizes in self.trials])).encode()
+            )
         for node in nodes:
             constants = [self._digest(name) for name in node.input if name not in numbers]
             parts = (node.domain, node.op_type, [number(name) for name in (*node.input, *node.output)], constants)

@@ -12,13 +12,14 @@ import onnx_graphsurgeon as gs
 from edgeattn.export.graph import export_graph, import_graph, module_path, unique_node_names
 from edgeattn.export.rewrite.apply import Editor
 from edgeattn.export.rewrite.candidates import Candidate, build
+from edgeattn.export.rewrite.co_attention import are_opposite, have_same_gate, join_directions, value_fault, with_gate
 from edgeattn.export.rewrite.region import Cutter
 from edgeattn.export.rewrite.sizes import Sizes
-from edgeattn.export.rewrite.structure import Findings, find, with_gate
+from edgeattn.export.rewrite.structure import Findings, find
 from edgeattn.export.rewrite.trace import Tracer
 from edgeattn.export.rewrite.verify import Verdict, Verifier
 from edgeattn.export.surgery import attach_plugins, default_opset
-from edgeattn.plugins_trt import CO_ATTENTION, CO_ATTENTION_GATED, PluginSpec
+from edgeattn.plugins_trt import CO_ATTENTION, CO_ATTENTION_GATED
 
 # Heights and widths to try in a model of free size, in pairs: the first is used to read the graph, both to verify.
 # None is square, and each fits networks that reduce the resolution by 8 times more than the one before.
@@ -144,6 +145,8 @@ def _verify(tracer: Tracer, findings: Findings, verifier: Verifier) -> tuple[lis
     for group, candidate in [*(("", item) for item in findings.criss_cross), *findings.one_way]:
         verdict = verifier.check(candidate)
         found = _Found(candidate.swapped() if verdict.swapped else candidate, verdict)
+        if group and not verdict.reason:
+            found = replace(found, verdict=replace(verdict, reason=value_fault(tracer, found.candidate)))
         if group:
             groups[group].append(found)
         elif verdict.reason:
@@ -164,11 +167,11 @@ def _verify(tracer: Tracer, findings: Findings, verifier: Verifier) -> tuple[lis
 def _join(tracer: Tracer, members: Sequence[_Found], verifier: Verifier) -> list[_Found]:
     """Join two directions of one affinity into one operation, and add the gates where there are any."""
     gates = [with_gate(tracer, member.candidate) for member in members]
-    if len(members) == 2 and _opposite(members[0].candidate, members[1].candidate):
-        pair = _pair(members[0].candidate, members[1].candidate, CO_ATTENTION)
+    if len(members) == 2 and are_opposite(members[0].candidate, members[1].candidate):
+        pair = join_directions(members[0].candidate, members[1].candidate, CO_ATTENTION)
         both = None
-        if gates[0] is not None and gates[1] is not None and _same_gate(gates[0], gates[1]):
-            both = _pair(gates[0], gates[1], CO_ATTENTION_GATED)
+        if gates[0] is not None and gates[1] is not None and have_same_gate(gates[0], gates[1]):
+            both = join_directions(gates[0], gates[1], CO_ATTENTION_GATED)
         verdict = verifier.check(pair)
         if not verdict.reason and not verdict.swapped:
             return [_Found(pair, verdict, _verified(both, verifier))]
@@ -180,30 +183,6 @@ def _verified(candidate: Candidate | None, verifier: Verifier) -> _Found | None:
     if candidate is None or verdict is None or verdict.reason or verdict.swapped:
         return None
     return _Found(candidate, verdict)
-
-
-def _opposite(first: Candidate, second: Candidate) -> bool:
-    """Tell whether two directions compare the same maps, with the roles exchanged."""
-    (query, key, _), (other_query, other_key, _) = first.feeds, second.feeds
-    same = query.source.tensor is other_key.source.tensor and key.source.tensor is other_query.source.tensor
-    return same and query.scale * key.scale == other_query.scale * other_key.scale
-
-
-def _same_gate(first: Candidate, second: Candidate) -> bool:
-    pairs = zip(first.gate or (), second.gate or (), strict=True)
-    return all(bool((mine == theirs).all()) for mine, theirs in pairs)
-
-
-def _pair(first: Candidate, second: Candidate, spec: PluginSpec) -> Candidate:
-    """Join two directions: the first one's query is map a, its key is map b."""
-    query, key, value_b = first.feeds
-    return Candidate(
-        spec=spec,
-        feeds=(query, key, second.feeds[2], value_b),
-        results=(*first.results, *second.results),
-        core=tuple({id(node): node for node in (*first.core, *second.core)}.values()),
-        gate=first.gate,
-    )
 
 
 def _one_arity(found: Sequence[_Found]) -> list[_Found]:

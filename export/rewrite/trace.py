@@ -185,7 +185,7 @@ class Tracer:
         return Source(chain[0], shape, channel_axis, moved[1]) if moved[1] else None
 
     def _moved(self, chain: list[gs.Tensor], axes: Sequence[int]) -> frozenset[int] | None:
-        """Return the axes of the first tensor that change between the first and the last index of `axes` of the last."""
+        """Return the axes of the first tensor that move when the last one's index goes to the end of `axes`."""
         shapes = [self.sizes.shapes.get(tensor.name) for tensor in chain]
         if any(shape is None or 0 in shape for shape in shapes):
             return None

@@ -30,8 +30,14 @@ TOLERANCE = 1e-5
 # Standard deviations of the energies. Trained networks were measured at up to 13.
 _ENERGIES = (0.5, 12.0)
 
-# ONNX Runtime's ways of saying that a replacement does not even fit the shapes.
-_DOES_NOT_RUN = (runtime_errors.Fail, runtime_errors.InvalidGraph, runtime_errors.InvalidArgument, runtime_errors.RuntimeException)
+# ONNX Runtime's ways of saying that nodes do not fit together, or that it has no kernel for one.
+_DOES_NOT_RUN = (
+    runtime_errors.Fail,
+    runtime_errors.InvalidArgument,
+    runtime_errors.InvalidGraph,
+    runtime_errors.NotImplemented,
+    runtime_errors.RuntimeException,
+)
 
 
 @dataclass(frozen=True)
@@ -73,7 +79,13 @@ class Verifier:
             return Verdict(str(mismatch))
         signature = self.cutter.signature(candidate, nodes)
         if signature not in self._verdicts:
-            self._verdicts[signature] = self._compare(candidate, nodes)
+            try:
+                self._verdicts[signature] = self._compare(candidate, nodes)
+            except _DOES_NOT_RUN as error:
+                first_line = str(error).strip().partition("\n")[0]
+                self._verdicts[signature] = Verdict(
+                    f"ONNX Runtime cannot run it, so it cannot be verified: {first_line}"
+                )
         return self._verdicts[signature]
 
     def _compare(self, candidate: Candidate, nodes: Sequence[onnx.NodeProto]) -> Verdict:
@@ -97,7 +109,7 @@ class Verifier:
         if worst[best] <= TOLERANCE:
             return Verdict(fault, swapped=bool(best), difference=worst[best])
         loud = random_inputs(candidate, sizes, 2.0, self.seed)
-        reason = next(iter(candidate.notes), "") or fault or explain(candidate, loud, core(loud))
+        reason = next(iter(candidate.notes), "") or explain(candidate, loud, core(loud)) or fault
         return Verdict(reason or f"its results differ from {candidate.spec.op_type} by {worst[best]:.1e} (relative L2)")
 
     def _difference(
@@ -135,7 +147,8 @@ def random_inputs(candidate: Candidate, sizes: Sizes, energy: float, seed: int) 
     generator = np.random.default_rng(seed)
     query, key, *others = candidate.feeds
     arrays = {
-        tensor.name: generator.standard_normal(sizes.shapes[tensor.name]).astype(np.float32) for tensor in candidate.inputs
+        tensor.name: generator.standard_normal(sizes.shapes[tensor.name]).astype(np.float32)
+        for tensor in candidate.inputs
     }
     for factor in (factor for feed in others for factor in feed.factors):
         shape = sizes.shapes[factor.tensor.name]
@@ -143,9 +156,9 @@ def random_inputs(candidate: Candidate, sizes: Sizes, energy: float, seed: int) 
     # Integers from -2 to 2 have variance 2, so the sum over the channels has a deviation of 2 * sqrt(channels).
     deviation = 2.0 * math.sqrt(query.shape[1]) * abs(query.scale or 1.0)
     gain = 2.0 ** round(math.log2(energy / deviation)) if energy else 0.0
-    for feed, factor in ((key, 1.0), (query, gain)):
+    for feed, size in ((key, 1.0), (query, gain)):
         name = feed.source.tensor.name
-        arrays[name] = (generator.integers(-2, 3, sizes.shapes[name]) * factor).astype(np.float32)
+        arrays[name] = (generator.integers(-2, 3, sizes.shapes[name]) * size).astype(np.float32)
     return arrays
 
 

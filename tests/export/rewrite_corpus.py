@@ -106,7 +106,7 @@ class ScaledAxisOne(CrissCross):
     """Scaled energies, joined and normalised along axis 1, no gamma, no residual."""
 
     def core(self, q, k, v):
-        b, c, h, w = q.shape
+        c, h = q.shape[1:3]
         e_h = torch.einsum("bchw,bciw->bihw", q, k) * c**-0.5
         e_h = e_h.masked_fill(torch.eye(h, dtype=torch.bool)[None, :, :, None], -1e9)
         e_w = torch.einsum("bchw,bchj->bjhw", q, k) * c**-0.5
@@ -225,14 +225,13 @@ def export(model: nn.Module, *, dynamic: bool = False, legacy: bool = False, opt
     names = ["target", "reference"] if isinstance(model, CoAttention) else ["image"]
     example = tuple(torch.randn(2 if dynamic else 1, 3, height, width) for _ in names)
     axes = {0: "batch", 2: "height", 3: "width"}
-    options: dict[str, object] = dict(input_names=names, opset_version=18)
+    options: dict[str, object] = {"input_names": names, "opset_version": 18}
     if legacy:
         buffer = io.BytesIO()
         options.update(dynamo=False, dynamic_axes=dict.fromkeys(names, axes) if dynamic else None)
         with _quiet():
             torch.onnx.export(model.eval(), example, buffer, **options)
         return onnx.load_from_string(buffer.getvalue())
-    shapes = (tuple(dict(axes) for _ in names),) if dynamic else None
     shapes = tuple(dict(axes) for _ in names) if dynamic else None
     with _quiet():
         program = torch.onnx.export(
@@ -248,3 +247,101 @@ def _quiet():
     with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()), torch.no_grad():
         warnings.simplefilter("ignore")
         yield
+
+
+class AlmostCrissCross(CrissCross):
+    """Four-dimensional criss-cross attention with one thing changed.
+
+    Args:
+        fault: what is changed; an empty string changes nothing.
+    """
+
+    def __init__(self, fault: str) -> None:
+        super().__init__()
+        self.fault = fault
+        self.second = nn.Conv2d(CHANNELS, CHANNELS if "value" in fault else CHANNELS // 8, 1)
+
+    def forward(self, x):
+        q, k, v = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        other = self.second(x)
+        fault = self.fault
+        q_w = other if fault == "two queries" else q
+        k_w = other if fault == "two keys" else k
+        v_w = other if fault == "two values" else v
+        q_h, k_h = (k, q) if fault == "column swapped" else (q, k)
+        q_w, k_w = (k_w, q_w) if fault == "row swapped" else (q_w, k_w)
+        e_h = torch.matmul(q_h.permute(0, 3, 2, 1), k_h.permute(0, 3, 1, 2))
+        e_w = torch.matmul(q_w.permute(0, 2, 3, 1), k_w.permute(0, 2, 1, 3))
+        e_h, e_w = self.masked(e_h, e_w)
+        if fault == "scaled row":
+            e_w = e_w * 0.5
+        out_h, out_w = self.outputs(*self.weights(e_h.permute(0, 2, 1, 3), e_w), v, v_w)
+        if fault == "one branch":
+            return self.gamma * out_w + x
+        if fault == "difference":
+            return self.gamma * (out_h - out_w) + x
+        if fault == "unequal branches":
+            return self.gamma * (out_h * 0.5 + out_w) + x
+        return self.gamma * (out_h + out_w) + x
+
+    def masked(self, e_h, e_w):
+        """Apply the mask, or what the fault makes of it."""
+        rows, columns = torch.arange(e_h.shape[-1]), torch.arange(e_w.shape[-1])
+        own_row, own_column = rows[:, None] == rows[None, :], columns[:, None] == columns[None, :]
+        lowest = torch.tensor(-1.0 if self.fault == "weak mask" else -1e9)
+        if self.fault == "shifted mask":
+            own_row = rows[:, None] == (rows[None, :] + 1) % len(rows)
+        if self.fault == "other diagonal":
+            own_row = rows[:, None] == len(rows) - 1 - rows[None, :]
+        if self.fault == "wide mask":
+            own_row = own_row | (rows[:, None] == rows[None, :] + 1)
+        if self.fault not in ("no mask", "row mask"):
+            e_h = torch.where(own_row, lowest, e_h)
+        if self.fault in ("row mask", "both masks"):
+            e_w = torch.where(own_column, lowest, e_w)
+        return e_h, e_w
+
+    def weights(self, e_h, e_w):
+        """Normalise."""
+        if self.fault == "separate softmaxes":
+            return e_h.softmax(3), e_w.softmax(3)
+        axis = {"softmax over rows": 1, "softmax over columns": 2}.get(self.fault, 3)
+        return torch.cat([e_h, e_w], 3).softmax(axis).split([e_h.shape[3], e_w.shape[3]], 3)
+
+    def outputs(self, a_h, a_w, v_h, v_w):
+        """Sum the values."""
+        a_h = a_h.permute(0, 2, 1, 3)
+        if self.fault == "column transposed":
+            a_h = a_h.transpose(2, 3)
+        if self.fault == "row transposed":
+            a_w = a_w.transpose(2, 3)
+        if self.fault == "branches exchanged":
+            a_h, a_w = a_w.permute(0, 2, 1, 3), a_h.permute(0, 2, 1, 3)
+        out_h = torch.matmul(a_h, v_h.permute(0, 3, 2, 1)).permute(0, 3, 2, 1)
+        return out_h, torch.matmul(a_w, v_w.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+
+class AlmostCoAttention(CoAttention):
+    """Co-attention with one thing changed.
+
+    Args:
+        fault: what is changed; an empty string changes nothing.
+    """
+
+    def __init__(self, fault: str) -> None:
+        super().__init__(form="faulty")
+        self.fault = fault
+
+    def faulty(self, a, b):
+        fault = self.fault
+        a_flat, b_flat = a.flatten(2), b.flatten(2)
+        key = self.projection(a).flatten(2) if fault == "one map" else b_flat
+        affinity = self.linear_e(a_flat.transpose(1, 2)) @ key
+        over_b = affinity.softmax(1 if fault == "softmax over a" else 2)
+        over_a = affinity.softmax(2 if fault == "softmax over b" else 1)
+        value_a = b_flat if fault == "values of the other frame" else a_flat
+        from_b = b_flat @ (over_b if fault == "not transposed" else over_b.transpose(1, 2))
+        from_a = value_a @ (over_a.transpose(1, 2) if fault == "transposed" else over_a)
+        if fault == "sharpened":
+            from_b = b_flat @ (over_b * over_b).transpose(1, 2)
+        return [from_b.view_as(a), from_a.view_as(b)]

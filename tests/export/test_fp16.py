@@ -331,6 +331,13 @@ def test_index_arithmetic_stays_exact() -> None:
     assert len(casts(result.model)) == 2 + 2  # graph boundary, and the model's own two
 
 
+def test_arithmetic_on_constants_stays_exact() -> None:
+    head = "<float c = {300.0}, float d = {400.0}, float e = {0.0001}>"
+    result = to_fp16(small("a = Relu (x)  p = Mul (c, d)  q = Mul (p, e)  y = Mul (a, q)", head=head))
+    assert set(result.fp32_nodes) == {"node_p", "node_q"}
+    np.testing.assert_allclose(run(emulate_fp16(result.model), x=np.ones((1, 4), np.float32))[0], 12, rtol=2e-3)
+
+
 def test_resize_keeps_float_scales() -> None:
     body = "a = Relu (x)  b = Resize <mode = 'linear'> (a, , scales)  y = Relu (b)".replace("'", '"')
     model = small(body, "float[1,1,4,4] x", "float[1,1,8,8] y", "<float[4] scales = {1.0, 1.0, 2.0, 2.0}>")

@@ -79,6 +79,8 @@ def build(body: str, *, plugin: bool) -> onnx.ModelProto:
     if plugin:
         model.functions.append(spec_of("CrissCrossAttention", 4).function(18))
     check_types(model)
+    feature = onnx.helper.make_tensor_value_info("feature", TensorProto.FLOAT, ["batch", 8, "height", "width"])
+    model.graph.value_info.append(feature)
     return model
 
 
@@ -136,6 +138,7 @@ def test_everything_else_survives(model: onnx.ModelProto, samples: list) -> None
         assert list(getattr(result, field)) == list(getattr(model, field))
     assert list(result.graph.input) == list(model.graph.input)
     assert list(result.graph.output) == list(model.graph.output)
+    assert list(result.graph.value_info) == list(model.graph.value_info)  # no invented sizes
     nodes = {node.name: node for node in result.graph.node}
     assert len(nodes) == len(result.graph.node)
     for node in model.graph.node:

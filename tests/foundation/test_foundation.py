@@ -17,9 +17,14 @@ class Thing:
 
 def test_a_failed_write_leaves_the_old_file_and_no_other(tmp_path: Path) -> None:
     path = write_text(tmp_path / "deep" / "file.json", "old")
-    with pytest.raises(RuntimeError, match="killed"), atomic_path(path) as temporary:
-        temporary.write_text("half")
-        raise RuntimeError("killed")
+
+    def write_half() -> None:
+        with atomic_path(path) as temporary:
+            temporary.write_text("half")
+            raise RuntimeError("killed")
+
+    with pytest.raises(RuntimeError, match="killed"):
+        write_half()
     assert path.read_text() == "old"
     assert [item.name for item in path.parent.iterdir()] == ["file.json"]
 
