@@ -54,7 +54,7 @@ def progress_bars(prefix: str = "") -> Iterator[ProgressCallback]:
 def parity_table(name: str, parity: Parity) -> Table:
     """Return the verdicts of a comparison as a table, a row per form."""
     table = Table(title=f"{name}: parity with PyTorch (CPU)", title_justify="left")
-    for column in ("form", "relative L2", "max abs", "same labels", "mIoU", "change", "verdict"):
+    for column in ("form", "relative L2", "max abs", "labels", "mIoU", "change", "verdict"):
         table.add_column(column, justify="left" if column in ("form", "verdict") else "right", no_wrap=True)
     table.add_row("PyTorch", "", "", "", f"{parity.original.mean_iou:.4f}", "", "", style="dim")
     for entry in parity.forms:
@@ -65,7 +65,7 @@ def parity_table(name: str, parity: Parity) -> Table:
             f"{max((error.max_abs for error in errors), default=math.nan):.1e}",
             f"{entry.label_agreement:.3%}",
             f"{entry.score.mean_iou:.4f}",
-            f"{-100 * entry.task_drop:+.2f}",
+            f"{-100 * entry.task_drop + 0.0:+.2f}",
             "[green]PASS[/]" if entry.passed else "[bold red]FAIL[/]",
         )
     return table

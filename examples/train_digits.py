@@ -7,6 +7,7 @@ the mIoU on the held-out samples, with attention and with attention switched off
 from __future__ import annotations
 
 import argparse
+import copy
 import multiprocessing
 import time
 from pathlib import Path
@@ -78,6 +79,7 @@ def mean_iou(spec: ModelSpec, model: nn.Module, count: int, *, ablate: bool = Fa
     assert spec.samples is not None
     samples = list(spec.samples(count))
     if ablate and len(spec.inputs) == 1:
+        model = copy.deepcopy(model)
         model.head.cca.gamma.data.zero_()
     confusion = np.zeros((len(spec.classes),) * 2, np.int64)
     with torch.no_grad():
@@ -129,7 +131,8 @@ def train(spec: ModelSpec, steps: int, batch: int, learning_rate: float) -> nn.M
             print(f"{spec.name} step {step}/{steps}  loss {loss.item():.3f}  {seconds:.0f} s", flush=True)
         if step % 500 == 0:
             model.eval()
-            print(f"{spec.name} mIoU on 40 held-out samples: {mean_iou(spec, model, 40):.3f}", flush=True)
+            scores = [mean_iou(spec, model, 40, ablate=ablate) for ablate in (False, True)]
+            print(f"{spec.name} mIoU on 40 held-out samples: {scores[0]:.3f}, ablated {scores[1]:.3f}", flush=True)
             model.train()
     return model.eval()
 

@@ -82,6 +82,13 @@ def _ink_colour(patch: np.ndarray, rng: np.random.Generator) -> np.ndarray:
     return colour
 
 
+def _half(side: int, rng: np.random.Generator) -> np.ndarray:
+    """Return a mask (side, side) that keeps the upper, lower, left or right half."""
+    kept = np.zeros((side, side), np.float32)
+    kept[: side // 2] = 1
+    return np.rot90(kept, rng.integers(4))
+
+
 @dataclass
 class _Canvas:
     """An image being composed, with the labels of its pixels."""
@@ -89,24 +96,45 @@ class _Canvas:
     image: np.ndarray
     labels: np.ndarray
     occupied: np.ndarray
+    sides: tuple[int, int]
 
     @classmethod
-    def on_photo(cls, photos: tuple[np.ndarray, ...], rng: np.random.Generator) -> _Canvas:
+    def on_photo(
+        cls, photos: tuple[np.ndarray, ...], rng: np.random.Generator, sides: tuple[int, int] = (52, 85)
+    ) -> _Canvas:
+        """Start with a photograph; `sides` is the range of the digits' sizes in pixels."""
         shape = (HEIGHT, WIDTH)
-        return cls(_background(photos, rng).copy(), np.zeros(shape, np.int64), np.zeros(shape, bool))
+        return cls(_background(photos, rng).copy(), np.zeros(shape, np.int64), np.zeros(shape, bool), sides)
 
-    def paste(self, digit: np.ndarray, label: int, rng: np.random.Generator, colour: np.ndarray | None = None) -> bool:
+    def paste(
+        self,
+        digit: np.ndarray,
+        label: int,
+        rng: np.random.Generator,
+        *,
+        colour: np.ndarray | None = None,
+        fragment: bool = False,
+    ) -> bool:
         """Blend a digit at a random free place; pixels with at least 30 % ink take `label`.
+
+        Args:
+            digit: ink coverage 0..1 (8, 8).
+            label: label of its pixels.
+            rng: source of place and size.
+            colour: RGB ink colour; a random one that stands out when None.
+            fragment: show only one half of the digit (upper, lower, left or right).
 
         Returns:
             False, and nothing is pasted, when no place is free or the given colour does not stand out there.
         """
-        side = int(rng.integers(52, 85))
+        side = int(rng.integers(*self.sides))
         place = _place(self.occupied, side, rng)
         if place is None:
             return False
         top, left = place
         ink = np.asarray(Image.fromarray(digit).resize((side, side), Image.Resampling.BICUBIC)).clip(0, 1)
+        if fragment:
+            ink = ink * _half(side, rng)
         area = np.s_[top : top + side, left : left + side]
         if colour is not None and not _stands_out(colour, self.image[area]):
             return False
@@ -123,10 +151,16 @@ class _Canvas:
 
 
 def segmentation_sample(source: Material, rng: np.random.Generator) -> Sample:
-    """Compose one image with one to three digits; the target holds 0 for background and 1 + digit elsewhere."""
-    canvas = _Canvas.on_photo(source.photos, rng)
-    for index in rng.integers(len(source.digits), size=rng.integers(1, 4)):
-        canvas.paste(source.digits[index], 1 + int(source.labels[index]), rng)
+    """Compose one image with two to four writings of one digit, of which all but the first may be mere halves.
+
+    A half often fits several digits; which one it is shows elsewhere in the image, so that segmenting it takes context.
+    The target holds 0 for background and 1 + digit elsewhere.
+    """
+    canvas = _Canvas.on_photo(source.photos, rng, sides=(48, 73))
+    digit = rng.integers(10)
+    writings = rng.choice(np.flatnonzero(source.labels == digit), size=rng.integers(2, 5), replace=False)
+    for index, writing in enumerate(writings):
+        canvas.paste(source.digits[writing], 1 + int(digit), rng, fragment=index > 0 and rng.random() < 0.7)
     return Sample((canvas.finish(rng),), canvas.labels[None])
 
 
@@ -142,7 +176,9 @@ def pair_sample(source: Material, rng: np.random.Generator) -> Sample:
     images, targets = [], []
     for frame in range(2):
         jittered = (colour + rng.normal(0, 12, 3)).clip(0, 255)
-        while not (canvas := _Canvas.on_photo(source.photos, rng)).paste(source.digits[shared], 1, rng, jittered):
+        while not (canvas := _Canvas.on_photo(source.photos, rng)).paste(
+            source.digits[shared], 1, rng, colour=jittered
+        ):
             pass
         for digit in others[frame * 2 : frame * 2 + rng.integers(1, 3)]:
             index = rng.choice(np.flatnonzero(source.labels == digit))

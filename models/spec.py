@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -81,7 +81,6 @@ class ModelSpec:
         size: (height, width) that the model was trained at.
         classes: class names by label.
         labels: main outputs by name, and the (height, width) of the input, to integer labels (batch, K, H, W).
-        key_maps: for each published variant other than the official one, new key by pattern (see `checkpoint`).
         checkpoint: bundled trained weights, if any.
         samples: held-out samples, first `count` of them; or None where no data is bundled.
         calibration: images for INT8 calibration, disjoint from `samples`.
@@ -98,7 +97,6 @@ class ModelSpec:
     size: tuple[int, int]
     classes: tuple[str, ...]
     labels: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor]
-    key_maps: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     checkpoint: Path | None = None
     samples: Callable[[int], Iterator[Sample]] | None = None
     calibration: Callable[[int], Iterator[Sample]] | None = None

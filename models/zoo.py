@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,42 +44,42 @@ def object_labels(outputs: Mapping[str, torch.Tensor], size: tuple[int, int]) ->
     return (torch.cat([outputs["mask_target"], outputs["mask_reference"]], dim=1) > 0.5).long()
 
 
-def _evaluation(build: Callable[..., nn.Module], arguments: Mapping[str, object]) -> Callable[[], nn.Module]:
-    return lambda: build(**arguments).eval()
-
-
-def _ccnet(name: str, summary: str, arguments: Mapping[str, object], **fields: object) -> ModelSpec:
+def _declare(
+    network: Callable[..., nn.Module],
+    name: str,
+    summary: str,
+    arguments: Mapping[str, object],
+    **fields: Any,
+) -> ModelSpec:
+    """Register a network built with `arguments`, which its original takes as well."""
     return MODELS.add(
         ModelSpec(
             name=name,
             summary=summary,
-            build=_evaluation(CCNet, arguments),
-            original=f"{_ORIGINALS}.ccnet:CCNet",
+            build=lambda: network(**arguments).eval(),
             original_arguments=arguments,
-            inputs=("image",),
-            outputs=_CCNET_OUTPUTS,
-            labels=class_labels,
-            **fields,  # type: ignore[arg-type]
+            **fields,
         )
     )
 
 
-def _cosnet(name: str, summary: str, arguments: Mapping[str, object], **fields: object) -> ModelSpec:
-    return MODELS.add(
-        ModelSpec(
-            name=name,
-            summary=summary,
-            build=_evaluation(COSNet, arguments),
-            original=f"{_ORIGINALS}.cosnet:COSNet",
-            original_arguments=arguments,
-            inputs=("target", "reference"),
-            outputs=_COSNET_OUTPUTS,
-            labels=object_labels,
-            classes=("background", "shared object"),
-            **fields,  # type: ignore[arg-type]
-        )
-    )
-
+_ccnet = functools.partial(
+    _declare,
+    CCNet,
+    original=f"{_ORIGINALS}.ccnet:CCNet",
+    inputs=("image",),
+    outputs=_CCNET_OUTPUTS,
+    labels=class_labels,
+)
+_cosnet = functools.partial(
+    _declare,
+    COSNet,
+    original=f"{_ORIGINALS}.cosnet:COSNet",
+    inputs=("target", "reference"),
+    outputs=_COSNET_OUTPUTS,
+    labels=object_labels,
+    classes=("background", "shared object"),
+)
 
 _ccnet(
     "ccnet-r101",
@@ -98,7 +99,7 @@ _cosnet(
 _ccnet(
     "ccnet-digits",
     "small CCNet trained on handwritten digits over photographs, bundled",
-    {"num_classes": 11, "recurrence": 2, "blocks": (1, 1, 2, 1), "stem_width": 16, "base_width": 8},
+    {"num_classes": 11, "recurrence": 2, "blocks": (1, 1, 1, 1), "stem_width": 16, "base_width": 8},
     preprocessing=_CENTRED_RGB,
     size=(digits.HEIGHT, digits.WIDTH),
     classes=digits.CLASSES,

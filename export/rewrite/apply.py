@@ -95,6 +95,19 @@ class Editor:
                 reader.inputs = [source if item is result else item for item in reader.inputs]
             self._remove_unread([node])
 
+    def fold_matrices(self, snippet: Snippet) -> None:
+        """Turn the matrices that a snippet uses as convolution weights into constants."""
+        for name in [proto.name for proto in snippet.nodes if proto.op_type == "Conv"]:
+            convolution = self._tensors[name].inputs[0]
+            unsqueeze = convolution.inputs[1].inputs[0]
+            matrix = unsqueeze.inputs[0]
+            turned = bool(matrix.inputs) and matrix.inputs[0].name.startswith(f"{snippet.prefix}/")
+            value = constant_value(matrix.inputs[0].inputs[0] if turned else matrix)
+            if value is not None:
+                weight = np.ascontiguousarray((value.T if turned else value)[:, :, None, None])
+                convolution.inputs = [convolution.inputs[0], gs.Constant(f"{unsqueeze.name}_constant", weight)]
+                self._remove_unread([unsqueeze])
+
     def _scale(
         self, convolution: gs.Node, node: gs.Node, factor: np.ndarray, arrays: Sequence[np.ndarray | None]
     ) -> list[gs.Tensor]:

@@ -11,7 +11,7 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper, numpy_helper
 
-from edgeattn.export.rewrite.trace import Source
+from edgeattn.export.rewrite.trace import Matrix, Source
 from edgeattn.plugins_trt import DOMAIN, PLUGIN_VERSION, PluginSpec
 
 
@@ -34,12 +34,14 @@ class Feed:
     Attributes:
         source: the map and the meaning of its axes.
         reference: where the positions of `source` are flattened, a four-axis map of the same height and width.
+        matrix: constant matrix that maps the channels of the map.
         scale: constant factor.
         factors: factors that the graph applies to the result, and that are moved here because attention is linear.
     """
 
     source: Source
     reference: Source | None = None
+    matrix: Matrix | None = None
     scale: float = 1.0
     factors: tuple[Factor, ...] = ()
 
@@ -49,12 +51,19 @@ class Feed:
         yield self.source.tensor
         if self.reference is not None:
             yield self.reference.tensor
+        if self.matrix is not None:
+            yield self.matrix.tensor
         yield from (factor.tensor for factor in self.factors)
 
     @property
     def operators(self) -> list[str]:
         """Operators of the factors, in order."""
         return [factor.operator for factor in self.factors]
+
+    @property
+    def flips(self) -> bool:
+        """Whether the matrix has to be transposed to be a convolution's weight."""
+        return self.matrix is not None and not self.matrix.output_first
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -189,6 +198,8 @@ def _feed(snippet: Snippet, feed: Feed, role: str, static: bool) -> str:
         name = snippet.add("Transpose", [name], f"{role}_channels_first", perm=order)
     if feed.reference is not None:
         name = snippet.add("Reshape", [name, _map_shape(snippet, feed.reference, role, static)], f"{role}_map")
+    if feed.matrix is not None:
+        name = snippet.add("Conv", [name, _weight(snippet, feed.matrix, role)], f"{role}_mapped")
     if feed.scale != 1.0:
         name = snippet.add("Mul", [name, snippet.constant(np.float32(feed.scale), f"{role}_scale")], f"{role}_scaled")
     for index, factor in enumerate(feed.factors):
@@ -203,6 +214,15 @@ def _map_shape(snippet: Snippet, reference: Source, role: str, static: bool) -> 
     zeros = snippet.constant(np.zeros(2, dtype=np.int64), f"{role}_keep")
     size = snippet.add("Shape", [reference.tensor.name], f"{role}_size", start=2, end=4)
     return snippet.add("Concat", [zeros, size], f"{role}_map_shape", axis=0)
+
+
+def _weight(snippet: Snippet, matrix: Matrix, role: str) -> str:
+    """Return the name of a matrix as the weight (outputs, inputs, 1, 1) of a convolution."""
+    name = matrix.tensor.name
+    if not matrix.output_first:
+        name = snippet.add("Transpose", [name], f"{role}_matrix", perm=[1, 0])
+    axes = snippet.constant(np.array([2, 3], dtype=np.int64), f"{role}_kernel_axes")
+    return snippet.add("Unsqueeze", [name, axes], f"{role}_weight")
 
 
 def _zeros(snippet: Snippet, like: str) -> str:

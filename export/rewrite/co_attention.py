@@ -44,7 +44,7 @@ def read_one_way(tracer: Tracer, softmax: gs.Node, energy: Energy) -> Candidate 
         )
     trail = follow(tracer, uses[0].product.node.outputs[0])
     values = replace(values, factors=trail.factors)
-    left = replace(left, scale=energy.scale)
+    left = replace(left, matrix=energy.product.operands[0].matrix, scale=energy.scale)
     result = _map_result(tracer, trail, (left, right), values)
     core = (energy.product.node, softmax, uses[0].product.node, result.tensor.inputs[0])
     return Candidate(CO_ATTENTION_ONE_WAY, (left, right, values), (result,), core)
@@ -141,6 +141,7 @@ def are_opposite(first: Candidate, second: Candidate) -> bool:
     """Tell whether two directions compare the same maps, with the roles exchanged."""
     (query, key, _), (other_query, other_key, _) = first.feeds, second.feeds
     same = query.source.tensor is other_key.source.tensor and key.source.tensor is other_query.source.tensor
+    same = same and query.matrix == other_key.matrix and key.matrix == other_query.matrix
     return same and query.scale * key.scale == other_query.scale * other_key.scale
 
 

@@ -25,7 +25,7 @@ def read_criss_cross(
         listed = ", ".join(direction if direction != "all" else "all positions" for direction in directions)
         raise Mismatch(f"the softmax joins energies along {listed}; criss-cross attention has one column and one row")
     column, row = (energies[directions.index(direction)] for direction in ("column", "row"))
-    if column.maps != row.maps:
+    if column.maps != row.maps or column.matrices != row.matrices:
         only = [sorted(energy.maps - other.maps) for energy, other in ((column, row), (row, column))]
         raise Mismatch(
             f"the branches compare different maps: {_names(only[0] or column.maps)} in the columns, "
@@ -49,7 +49,7 @@ def read_criss_cross(
     trail, residual = _merge(tracer, [use.product.node.outputs[0] for use in uses])
     query, key = column.sources
     feeds = (
-        Feed(query, scale=column.scale),
+        Feed(query, matrix=column.product.operands[0].matrix, scale=column.scale),
         Feed(key),
         Feed(values[0], factors=trail.factors),
     )
@@ -104,8 +104,8 @@ def _merge(tracer: Tracer, results: Sequence[gs.Tensor]) -> tuple[Trail, gs.Tens
             residual = next(item for item in adder.inputs if item is not trails[index].end)
             trails[index], adders[index] = Trail((*trails[index].tensors, *later.tensors), trails[index].factors), other
             break
-    meeting = adders[0]
-    if meeting is None or meeting is not adders[1]:
+    meeting = adders[0] if adders[0] is adders[1] else None
+    if meeting is None:
         raise Mismatch("the results of column and row branch are not added to each other")
     names = [[(factor.operator, factor.tensor.name) for factor in trail.factors] for trail in trails]
     if names[0] != names[1]:

@@ -83,6 +83,9 @@ def _flat_free(feed: Feed, inputs: Arrays) -> np.ndarray:
     source = feed.source
     array = inputs[source.tensor.name].astype(np.float64).transpose(0, source.channel, *source.spatial)
     array = array.reshape(feed.shape) * feed.scale
+    if feed.matrix is not None:
+        matrix = inputs[feed.matrix.tensor.name].astype(np.float64)
+        array = np.einsum("oc,bchw->bohw", matrix if feed.matrix.output_first else matrix.T, array)
     for factor in feed.factors:
         number = float(inputs[factor.tensor.name].reshape(()))
         array = array * number if factor.operator == "Mul" else array / number

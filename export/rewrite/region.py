@@ -140,7 +140,13 @@ class Cutter:
             for attribute in node.attribute:
                 digest.update(attribute.SerializeToString())
         feeds = [
-            ([number(tensor.name) for tensor in feed.tensors], feed.source.channel, feed.scale, feed.operators)
+            (
+                [number(tensor.name) for tensor in feed.tensors],
+                feed.source.channel,
+                feed.scale,
+                feed.operators,
+                feed.flips,
+            )
             for feed in candidate.feeds
         ]
         results = [(number(result.tensor.name), result.flat) for result in candidate.results]

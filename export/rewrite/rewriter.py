@@ -203,6 +203,7 @@ def _apply(
         module = module_path(*(protos[node.name] for node in candidate.core))
         snippet = build(candidate, editor.prefix(module or "attention"), static=static)
         editor.replace(candidate, snippet)
+        editor.fold_matrices(snippet)
         editor.fold_factors(snippet)
         name = f"{snippet.prefix}/{candidate.spec.op_type}"
         replaced.append(Replacement(candidate.spec.op_type, module, name, found.verdict.difference))

@@ -23,6 +23,19 @@ _RANDOM = {"RandomUniform", "RandomNormal", "RandomUniformLike", "RandomNormalLi
 
 
 @dataclass(frozen=True)
+class Matrix:
+    """A constant matrix in the middle of a product, which maps the channels of one operand to those of the other.
+
+    Attributes:
+        tensor: the matrix.
+        output_first: its first axis belongs to the other operand.
+    """
+
+    tensor: gs.Tensor
+    output_first: bool
+
+
+@dataclass(frozen=True)
 class Operand:
     """One operand of a product.
 
@@ -30,16 +43,18 @@ class Operand:
         tensor: the operand.
         free: axes that the result has and the other operand has not.
         contracted: axes that are summed over.
+        matrix: what the operand is multiplied with first.
     """
 
     tensor: gs.Tensor
     free: tuple[int, ...]
     contracted: tuple[int, ...]
+    matrix: Matrix | None = None
 
 
 @dataclass(frozen=True)
 class Product:
-    """A MatMul or two-operand Einsum of two activations."""
+    """A MatMul or Einsum of two activations, perhaps with a constant matrix between them."""
 
     node: gs.Node
     operands: tuple[Operand, Operand]
@@ -135,17 +150,18 @@ class Tracer:
 
     def product(self, node: gs.Node) -> Product | None:
         """Read a node as a product of two activations."""
-        if node.domain or len(node.inputs) != 2 or not all(self.is_data(tensor) for tensor in node.inputs):
+        data = [self.is_data(tensor) for tensor in node.inputs]
+        if node.domain or node.op not in ("MatMul", "Einsum") or sum(data) != 2:
             return None
-        shapes = [self.sizes.shapes.get(tensor.name) for tensor in node.inputs]
-        if shapes[0] is None or shapes[1] is None:
-            return None
-        if node.op == "MatMul" and len(shapes[0]) == len(shapes[1]) >= 3:
-            rank = len(shapes[0])
+        ranks = [len(self.sizes.shapes.get(tensor.name, ())) for tensor in node.inputs]
+        if node.op == "Einsum":
+            return _einsum(node, ranks, data) if len(data) <= 3 and all(ranks) else None
+        if ranks[0] == ranks[1] >= 3:
+            rank = ranks[0]
             left = Operand(node.inputs[0], free=(rank - 2,), contracted=(rank - 1,))
             right = Operand(node.inputs[1], free=(rank - 1,), contracted=(rank - 2,))
             return Product(node, (left, right))
-        return _einsum(node, [len(shapes[0]), len(shapes[1])]) if node.op == "Einsum" else None
+        return None
 
     def chain(self, tensor: gs.Tensor) -> list[gs.Tensor]:
         """Return the tensors that `tensor` is a rearrangement of, the farthest first and itself last."""
@@ -238,38 +254,65 @@ class Tracer:
         node = tensor.inputs[0]
         if node.op == "Conv" and any(size != 1 for size in self.sizes.shapes.get(node.inputs[1].name, (0,) * 4)[2:]):
             return []
-        position_wise = {"Conv", "MatMul", "Gemm", "Add", "Mul", "Div", "BatchNormalization", "Relu", "LeakyRelu"}
+        position_wise = {
+            "Conv",
+            "MatMul",
+            "Gemm",
+            "Einsum",
+            "Add",
+            "Mul",
+            "Div",
+            "BatchNormalization",
+            "Relu",
+            "LeakyRelu",
+        }
         if node.domain or not (self.is_layout(node) or node.op in position_wise):
             return []
         data = [item for item in node.inputs if self.is_data(item)]
         return data if len(data) == 1 else []
 
 
-def _einsum(node: gs.Node, ranks: list[int]) -> Product | None:
-    """Read a two-operand Einsum, `...` included."""
-    equation = str(node.attrs["equation"]).replace(" ", "")
-    inputs, _, result = equation.partition("->")
-    terms = inputs.split(",")
-    if len(terms) != 2:
+def _einsum(node: gs.Node, ranks: Sequence[int], data: Sequence[bool]) -> Product | None:
+    """Read an Einsum of two activations, `...` and a constant matrix included."""
+    terms, result = _einsum_terms(str(node.attrs["equation"]), ranks)
+    if any(len({*term}) != len(term) for term in terms):
         return None
-    batch = "".join(chr(ord("A") + index) for index in range(max(ranks)))
-    for index, rank in enumerate(ranks):
-        extra = rank - len(terms[index].replace("...", ""))
-        terms[index] = terms[index].replace("...", batch[len(batch) - extra :] if extra else "")
-    if "->" not in equation:
-        every = "".join(terms)
-        result = "..." + "".join(sorted(letter for letter in {*every} if every.count(letter) == 1 and letter.islower()))
-    result = result.replace("...", batch)
+    matrix = None
+    places = [place for place, is_data in enumerate(data) if is_data]
+    first, second = (terms[place] for place in places)
+    if len(terms) == 3:
+        middle = data.index(False)
+        letters = terms[middle]
+        inner = [letter for letter in letters if letter in first and letter not in second + result]
+        outer = [letter for letter in letters if letter in second and letter not in first + result]
+        if len(letters) != 2 or not inner or not outer:
+            return None
+        matrix = Matrix(node.inputs[middle], output_first=letters.index(outer[0]) == 0)
+        first = first.replace(inner[0], outer[0])
     operands = []
-    for index in (0, 1):
-        own, other = terms[index], terms[1 - index]
-        if len({*own}) != len(own) or any(letter not in result + other for letter in own):
+    for place, own, other, own_matrix in ((places[0], first, second, matrix), (places[1], second, first, None)):
+        if any(letter not in result + other for letter in own):
             return None
         operands.append(
             Operand(
-                node.inputs[index],
+                node.inputs[place],
                 free=tuple(axis for axis, letter in enumerate(own) if letter not in other),
                 contracted=tuple(axis for axis, letter in enumerate(own) if letter in other and letter not in result),
+                matrix=own_matrix,
             )
         )
     return Product(node, (operands[0], operands[1])) if all(operand.contracted for operand in operands) else None
+
+
+def _einsum_terms(equation: str, ranks: Sequence[int]) -> tuple[list[str], str]:
+    """Split an equation into one term per operand and the result, every axis with a letter of its own."""
+    inputs, arrow, result = equation.replace(" ", "").partition("->")
+    terms = inputs.split(",")
+    hidden = "".join(chr(ord("A") + index) for index in range(max(ranks)))
+    for index, rank in enumerate(ranks):
+        extra = rank - len(terms[index].replace("...", ""))
+        terms[index] = terms[index].replace("...", hidden[len(hidden) - extra :] if extra else "")
+    if not arrow:
+        every = "".join(terms)
+        result = "..." + "".join(sorted(letter for letter in {*every} if every.count(letter) == 1 and letter.islower()))
+    return terms, result.replace("...", hidden)

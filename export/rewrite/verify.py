@@ -153,8 +153,12 @@ def random_inputs(candidate: Candidate, sizes: Sizes, energy: float, seed: int) 
     for factor in (factor for feed in others for factor in feed.factors):
         shape = sizes.shapes[factor.tensor.name]
         arrays[factor.tensor.name] = generator.uniform(0.5, 1.5, shape).astype(np.float32)
-    # Integers from -2 to 2 have variance 2, so the sum over the channels has a deviation of 2 * sqrt(channels).
-    deviation = 2.0 * math.sqrt(query.shape[1]) * abs(query.scale or 1.0)
+    # Integers from -2 to 2 have variance 2, so the sum over the channels has a deviation of 2 * sqrt(channels); those
+    # from -1 to 1 have 2/3.
+    deviation = 2.0 * math.sqrt(key.shape[1]) * abs(query.scale * key.scale or 1.0)
+    for matrix in (feed.matrix.tensor.name for feed in (query, key) if feed.matrix is not None):
+        arrays[matrix] = generator.integers(-1, 2, sizes.shapes[matrix]).astype(np.float32)
+        deviation *= math.sqrt(sizes.shapes[matrix][0] * 2 / 3)
     gain = 2.0 ** round(math.log2(energy / deviation)) if energy else 0.0
     for feed, size in ((key, 1.0), (query, gain)):
         name = feed.source.tensor.name

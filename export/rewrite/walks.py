@@ -37,6 +37,11 @@ class Energy:
         """Names of the maps that are compared, in no order."""
         return frozenset(source.tensor.name for source in self.sources)
 
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the matrices between the maps."""
+        return [operand.matrix.tensor.name for operand in self.product.operands if operand.matrix is not None]
+
 
 @dataclass(frozen=True)
 class Use:

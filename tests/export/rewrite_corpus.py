@@ -208,6 +208,18 @@ class CoAttention(nn.Module):
         from_a = torch.einsum("bmn,bcm->bcn", affinity.softmax(1), a_flat)
         return [from_b.unflatten(2, a.shape[2:]), from_a.unflatten(2, b.shape[2:])]
 
+    def bilinear(self, a, b):
+        a_flat, b_flat = a.flatten(2), b.flatten(2)
+        affinity = torch.einsum("bci,cd,bdj->bij", a_flat, self.linear_e.weight, b_flat)
+        from_b = torch.einsum("bdj,bij->bdi", b_flat, affinity.softmax(2)).reshape(a.shape)
+        return [from_b, torch.einsum("bci,bij->bcj", a_flat, affinity.softmax(1)).reshape(b.shape)]
+
+    def group(self, a, b):
+        """Two references, side by side along the height."""
+        both = torch.cat([b, self.projection(b)], 2)
+        affinity = self.projection(a).flatten(2).transpose(1, 2) @ both.flatten(2)
+        return [(both.flatten(2) @ affinity.softmax(2).transpose(1, 2)).view_as(a)]
+
     def one_way(self, a, b):
         affinity = self.projection(a).flatten(2).transpose(1, 2) @ b.flatten(2)
         return [(b.flatten(2) @ affinity.softmax(dim=-1).transpose(1, 2)).view_as(a)]
@@ -345,3 +357,81 @@ class AlmostCoAttention(CoAttention):
         if fault == "sharpened":
             from_b = b_flat @ (over_b * over_b).transpose(1, 2)
         return [from_b.view_as(a), from_a.view_as(b)]
+
+
+NEAR_CRISS_CROSS = {
+    "no mask": "counted twice",
+    "row mask": "row branch",
+    "both masks": "both branches are masked",
+    "weak mask": "too weak",
+    "shifted mask": "off the diagonal",
+    "other diagonal": "other diagonal",
+    "wide mask": "1.8 positions",
+    "two queries": "different maps",
+    "two keys": "different maps",
+    "two values": "different values",
+    "column swapped": "query and key change places",
+    "row swapped": "query and key change places",
+    "scaled row": "scaled differently",
+    "one branch": "one column and one row",
+    "difference": "not added",
+    "unequal branches": "different factors",
+    "separate softmaxes": "one softmax over both",
+    "softmax over rows": "softmax runs over axis 1",
+    "softmax over columns": "softmax runs over axis 2",
+    "column transposed": "column branch is applied transposed",
+    "row transposed": "row branch is applied transposed",
+    "branches exchanged": "the other way round",
+}
+"""Faults of `AlmostCrissCross`, and words that the refusal's reason holds."""
+
+NEAR_CO_ATTENTION = {
+    "one map": "self-attention",
+    "softmax over a": "one softmax serves both directions",
+    "softmax over b": "one softmax serves both directions",
+    "values of the other frame": "query's own map",
+    "not transposed": "applied transposed",
+    "transposed": "sum over those of the other",
+    "sharpened": "also read by",
+}
+"""Faults of `AlmostCoAttention`, and words that the refusal's reason holds."""
+
+TEXT_GRAPH = """
+<ir_version: 10, opset_import: ["" : 20]>
+criss_cross (float[batch, 6, height, width] query, float[batch, 6, height, width] key,
+             float[batch, 9, height, width] value) => (float[batch, 9, height, width] out)
+<int64 zero = {0}, int64 one = {1}, int64[1] first = {0}, int64[1] second = {1}, int64[1] last = {3},
+ int64[1] start = {0}, int64[1] far = {100000}, float lowest = {-1e30}>
+{
+    height_1 = Shape <start = 2, end = 3> (key)
+    height_0 = Squeeze (height_1, first)
+    rows = Range (zero, height_0, one)
+    down = Unsqueeze (rows, second)
+    same = Equal (rows, down)
+    zeros = ConstantOfShape <value = float[1] {0}> (height_1)
+    penalty = Where (same, lowest, zeros)
+    q_h = Transpose <perm = [0, 3, 2, 1]> (query)
+    k_h = Transpose <perm = [0, 3, 1, 2]> (key)
+    e_h_free = MatMul (q_h, k_h)
+    e_h_masked = Add (penalty, e_h_free)
+    e_h = Transpose <perm = [0, 2, 1, 3]> (e_h_masked)
+    k_w = Transpose <perm = [0, 2, 3, 1]> (key)
+    q_w = Transpose <perm = [0, 2, 1, 3]> (query)
+    e_w_turned = MatMul (k_w, q_w)
+    e_w = Transpose <perm = [0, 1, 3, 2]> (e_w_turned)
+    energy = Concat <axis = -1> (e_h, e_w)
+    attention = Softmax (energy)
+    a_h = Slice (attention, start, height_1, last)
+    a_w = Slice (attention, height_1, far, last)
+    a_h_t = Transpose <perm = [0, 2, 1, 3]> (a_h)
+    v_h = Transpose <perm = [0, 3, 2, 1]> (value)
+    out_h_t = MatMul (a_h_t, v_h)
+    out_h = Transpose <perm = [0, 3, 2, 1]> (out_h_t)
+    v_w = Transpose <perm = [0, 2, 3, 1]> (value)
+    out_w_t = MatMul (a_w, v_w)
+    out_w = Transpose <perm = [0, 3, 1, 2]> (out_w_t)
+    with_residual = Add (out_h, value)
+    out = Add (with_residual, out_w)
+}
+"""
+"""Criss-cross attention by hand: key times query in the rows, and the residual added before the branches meet."""
