@@ -10,7 +10,6 @@ from __future__ import annotations
 import argparse
 import json
 import multiprocessing
-import resource
 import statistics
 import time
 from collections.abc import Callable
@@ -25,7 +24,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
-from edgeattn.blocks import CrissCrossAttention
+from edgeattn.blocks import CrissCrossAttention, CrissCrossCore
 from edgeattn.export.run_directory import versions
 from edgeattn.export.surgery import inline_plugins
 from edgeattn.export.to_onnx import to_onnx
@@ -36,12 +35,14 @@ RESULTS = Path(__file__).parent / "results" / "criss_cross_forms.json"
 CHANNELS, SIDE, RUNS = 512, 97, 9
 
 
-class OfficialForm(CrissCrossAttention):
-    """The public code's formulation: 3-D batched products, an infinite diagonal, concatenation."""
+class OfficialCore(nn.Module):
+    """The public code's formulation: 3-D batched products, an added diagonal, concatenation."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute `gamma * attended + x` on (batch, channels, height, width)."""
-        batch, _, height, width = x.shape
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute what `CrissCrossCore` computes."""
+        batch, _, height, width = query.shape
 
         def columns(t: torch.Tensor) -> torch.Tensor:
             return t.permute(0, 3, 1, 2).reshape(batch * width, -1, height)
@@ -49,9 +50,8 @@ class OfficialForm(CrissCrossAttention):
         def rows(t: torch.Tensor) -> torch.Tensor:
             return t.permute(0, 2, 1, 3).reshape(batch * height, -1, width)
 
-        query, key, value = self.query_conv(x), self.key_conv(x), self.value_conv(x)
-        diagonal = torch.diag(torch.full((height,), float("inf")))
-        energy_columns = torch.bmm(columns(query).transpose(1, 2), columns(key)) - diagonal.nan_to_num(posinf=1e30)
+        diagonal = torch.diag(torch.full((height,), -torch.inf)).nan_to_num(0.0)  # as published, but finite
+        energy_columns = torch.bmm(columns(query).transpose(1, 2), columns(key)) + diagonal
         energy_columns = energy_columns.view(batch, width, height, height).transpose(1, 2)
         energy_rows = torch.bmm(rows(query).transpose(1, 2), rows(key)).view(batch, height, width, width)
         attention = torch.cat([energy_columns, energy_rows], dim=3).softmax(dim=3)
@@ -59,23 +59,24 @@ class OfficialForm(CrissCrossAttention):
         attention_rows = attention[..., height:].reshape(batch * height, width, width)
         out_columns = torch.bmm(columns(value), attention_columns.transpose(1, 2)).view(batch, width, -1, height)
         out_rows = torch.bmm(rows(value), attention_rows.transpose(1, 2)).view(batch, height, -1, width)
-        return self.gamma * (out_columns.permute(0, 2, 3, 1) + out_rows.permute(0, 2, 1, 3)) + x
+        return out_columns.permute(0, 2, 3, 1) + out_rows.permute(0, 2, 1, 3) + residual
 
 
-class EinsumForm(CrissCrossAttention):
+class EinsumCore(nn.Module):
     """The formulation with four einsums, as OpenMMLab writes it."""
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Compute `gamma * attended + x` on (batch, channels, height, width)."""
-        height = x.shape[2]
-        query, key, value = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+    def forward(
+        self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, residual: torch.Tensor
+    ) -> torch.Tensor:
+        """Compute what `CrissCrossCore` computes."""
+        height = query.shape[2]
         energy_columns = torch.einsum("bchw,bciw->bwhi", query, key)
         energy_columns = energy_columns.masked_fill(torch.eye(height, dtype=torch.bool), -1e30).transpose(1, 2)
         energy_rows = torch.einsum("bchw,bchj->bhwj", query, key)
         attention = torch.cat([energy_columns, energy_rows], dim=3).softmax(dim=3)
         out = torch.einsum("bciw,bhwi->bchw", value, attention[..., :height])
         out = out + torch.einsum("bchj,bhwj->bchw", value, attention[..., height:])
-        return self.gamma * out + x
+        return out + residual
 
 
 class Recurrent(nn.Module):
@@ -90,18 +91,26 @@ class Recurrent(nn.Module):
         return self.attention(self.attention(x))
 
 
-def _exported(attention: type[nn.Module]) -> onnx.ModelProto:
-    model = Recurrent(randomise(attention(CHANNELS)))
+def _exported(core: nn.Module) -> onnx.ModelProto:
+    attention = randomise(CrissCrossAttention(CHANNELS))
+    attention.core = core
+    model = Recurrent(attention)
     example = [torch.zeros(1, CHANNELS, SIDE, SIDE)]
     return to_onnx(model, example, input_names=["x"], output_names=["y"])
 
 
 FORMS: dict[str, Callable[[], onnx.ModelProto]] = {
-    "edgeattn, inlined": lambda: inline_plugins(_exported(CrissCrossAttention)),
-    "edgeattn, function body": lambda: _exported(CrissCrossAttention),
-    "batched matmul and concat (official)": lambda: _exported(OfficialForm),
-    "einsum and concat (OpenMMLab)": lambda: _exported(EinsumForm),
+    "edgeattn, inlined": lambda: inline_plugins(_exported(CrissCrossCore())),
+    "edgeattn, function body": lambda: _exported(CrissCrossCore()),
+    "batched matmul and concat (official)": lambda: _exported(OfficialCore()),
+    "einsum and concat (OpenMMLab)": lambda: _exported(EinsumCore()),
 }
+
+
+def peak_mebibytes() -> float:
+    """Return the largest resident memory that this process has had, from Linux's own record of it."""
+    status = Path("/proc/self/status").read_text(encoding="ascii")
+    return int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1]) / 1024
 
 
 def run(model: bytes, results: multiprocessing.Queue) -> None:
@@ -110,14 +119,14 @@ def run(model: bytes, results: multiprocessing.Queue) -> None:
     options.intra_op_num_threads = 1
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     x = np.random.default_rng(0).standard_normal((1, CHANNELS, SIDE, SIDE)).astype(np.float32)
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_mebibytes()
     output = session.run(None, {"x": x})[0]
     times = []
     for _ in range(RUNS):
         start = time.process_time()
         session.run(None, {"x": x})
         times.append(1000 * (time.process_time() - start))
-    peak = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) / 1024
+    peak = peak_mebibytes() - before
     results.put((statistics.median(times), peak, output[:, ::64, ::7, ::5]))
 
 

@@ -7,7 +7,6 @@ the mIoU on the held-out samples, with attention and with attention switched off
 from __future__ import annotations
 
 import argparse
-import copy
 import multiprocessing
 import time
 from pathlib import Path
@@ -15,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
+from model_card import mean_iou
 from torch import nn
 
 from edgeattn.models import MODELS, ModelSpec, digits
@@ -69,35 +69,6 @@ def cosnet_loss(model: nn.Module, images: list[torch.Tensor], target: torch.Tens
 def overlap_loss(probability: torch.Tensor, truth: torch.Tensor) -> torch.Tensor:
     """One minus the Dice coefficient over the batch."""
     return 1 - (2 * (probability * truth).sum() + 1) / (probability.sum() + truth.sum() + 1)
-
-
-def mean_iou(spec: ModelSpec, model: nn.Module, count: int, *, ablate: bool = False) -> float:
-    """Return the mIoU on the first `count` held-out samples.
-
-    With `ablate`, criss-cross attention is off (gamma = 0), and a frame pair's reference is another pair's frame.
-    """
-    assert spec.samples is not None
-    samples = list(spec.samples(count))
-    if ablate and len(spec.inputs) == 1:
-        model = copy.deepcopy(model)
-        model.head.cca.gamma.data.zero_()
-    confusion = np.zeros((len(spec.classes),) * 2, np.int64)
-    with torch.no_grad():
-        for index, sample in enumerate(samples):
-            inputs = spec.network_inputs(sample)
-            truth = sample.target
-            if ablate and len(spec.inputs) == 2:
-                inputs["reference"] = spec.network_inputs(samples[index - 1])["reference"]
-            outputs = model(*(torch.from_numpy(inputs[name]) for name in spec.inputs))
-            named = {output.name: value for output, value in zip(spec.outputs, outputs, strict=True)}
-            labels = spec.labels(named, spec.size)[0].numpy()
-            if ablate:  # the foreign reference has no truth of its own
-                labels, truth = labels[:1], truth[:1]
-            confusion += np.bincount((truth * len(spec.classes) + labels).ravel(), minlength=confusion.size).reshape(
-                confusion.shape
-            )
-    intersection = np.diag(confusion)
-    return float(np.mean(intersection / np.maximum(confusion.sum(0) + confusion.sum(1) - intersection, 1)))
 
 
 def train(spec: ModelSpec, steps: int, batch: int, learning_rate: float) -> nn.Module:

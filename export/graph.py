@@ -176,8 +176,8 @@ def _export_node(node: gs.Node, original: onnx.NodeProto | None) -> onnx.NodePro
     # Attributes of types that graph-surgeon does not know are not in `attrs`; they pass through.
     kept.update({name: value for name, value in old.items() if name not in node.attrs and _unknown(value)})
     new = {name: value for name, value in node.attrs.items() if name not in kept}
-    proto.attribute.extend(kept[name] for name in old if name in kept)
-    proto.attribute.extend(OnnxExporter.export_attributes(new))
+    kept.update(zip(new, OnnxExporter.export_attributes(new), strict=True))
+    proto.attribute.extend(kept[name] for name in [*old, *(name for name in new if name not in old)] if name in kept)
     return proto
 
 

@@ -17,6 +17,10 @@ from sklearn.datasets import load_digits, load_sample_images
 from edgeattn.models.spec import Sample
 
 HEIGHT, WIDTH = 128, 160
+
+HALVES = 0.2
+"""Probability that a repeated digit shows only half of itself."""
+
 CLASSES = ("background", *(f"digit {digit}" for digit in range(10)))
 
 
@@ -96,15 +100,11 @@ class _Canvas:
     image: np.ndarray
     labels: np.ndarray
     occupied: np.ndarray
-    sides: tuple[int, int]
 
     @classmethod
-    def on_photo(
-        cls, photos: tuple[np.ndarray, ...], rng: np.random.Generator, sides: tuple[int, int] = (52, 85)
-    ) -> _Canvas:
-        """Start with a photograph; `sides` is the range of the digits' sizes in pixels."""
+    def on_photo(cls, photos: tuple[np.ndarray, ...], rng: np.random.Generator) -> _Canvas:
         shape = (HEIGHT, WIDTH)
-        return cls(_background(photos, rng).copy(), np.zeros(shape, np.int64), np.zeros(shape, bool), sides)
+        return cls(_background(photos, rng).copy(), np.zeros(shape, np.int64), np.zeros(shape, bool))
 
     def paste(
         self,
@@ -127,7 +127,7 @@ class _Canvas:
         Returns:
             False, and nothing is pasted, when no place is free or the given colour does not stand out there.
         """
-        side = int(rng.integers(*self.sides))
+        side = int(rng.integers(52, 85))
         place = _place(self.occupied, side, rng)
         if place is None:
             return False
@@ -156,11 +156,11 @@ def segmentation_sample(source: Material, rng: np.random.Generator) -> Sample:
     A half often fits several digits; which one it is shows elsewhere in the image, so that segmenting it takes context.
     The target holds 0 for background and 1 + digit elsewhere.
     """
-    canvas = _Canvas.on_photo(source.photos, rng, sides=(48, 73))
+    canvas = _Canvas.on_photo(source.photos, rng)
     digit = rng.integers(10)
     writings = rng.choice(np.flatnonzero(source.labels == digit), size=rng.integers(2, 5), replace=False)
     for index, writing in enumerate(writings):
-        canvas.paste(source.digits[writing], 1 + int(digit), rng, fragment=index > 0 and rng.random() < 0.7)
+        canvas.paste(source.digits[writing], 1 + int(digit), rng, fragment=index > 0 and rng.random() < HALVES)
     return Sample((canvas.finish(rng),), canvas.labels[None])
 
 

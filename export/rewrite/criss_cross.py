@@ -21,20 +21,7 @@ def read_criss_cross(
     Raises:
         Mismatch: it is almost, but not quite.
     """
-    if sorted(directions) != ["column", "row"]:
-        listed = ", ".join(direction if direction != "all" else "all positions" for direction in directions)
-        raise Mismatch(f"the softmax joins energies along {listed}; criss-cross attention has one column and one row")
-    column, row = (energies[directions.index(direction)] for direction in ("column", "row"))
-    if column.maps != row.maps or column.matrices != row.matrices:
-        only = [sorted(energy.maps - other.maps) for energy, other in ((column, row), (row, column))]
-        raise Mismatch(
-            f"the branches compare different maps: {_names(only[0] or column.maps)} in the columns, "
-            f"{_names(only[1] or row.maps)} in the rows"
-        )
-    if not np.isclose(column.scale, row.scale, rtol=1e-6):
-        raise Mismatch(
-            f"the energies are scaled differently: by {column.scale:.6g} in the columns, by {row.scale:.6g} in the rows"
-        )
+    column, _ = _branches(energies, directions)
     uses = uses_of(tracer, softmax)
     by_direction = {use.values.direction: use for use in uses}
     if len(uses) != 2 or by_direction.keys() != {"column", "row"}:
@@ -68,6 +55,29 @@ def read_criss_cross(
         residual=residual,
         notes=_softmax_notes(tracer, softmax, energies),
     )
+
+
+def _branches(energies: Sequence[Energy], directions: Sequence[str]) -> tuple[Energy, Energy]:
+    """Return column and row energy, once they are known to compare the same maps in the same way.
+
+    Raises:
+        Mismatch: they do not.
+    """
+    if sorted(directions) != ["column", "row"]:
+        listed = ", ".join(direction if direction != "all" else "all positions" for direction in directions)
+        raise Mismatch(f"the softmax joins energies along {listed}; criss-cross attention has one column and one row")
+    column, row = (energies[directions.index(direction)] for direction in ("column", "row"))
+    if column.maps != row.maps or column.matrices != row.matrices:
+        only = [sorted(energy.maps - other.maps) for energy, other in ((column, row), (row, column))]
+        raise Mismatch(
+            f"the branches compare different maps: {_names(only[0] or column.maps)} in the columns, "
+            f"{_names(only[1] or row.maps)} in the rows"
+        )
+    if not np.isclose(column.scale, row.scale, rtol=1e-6):
+        raise Mismatch(
+            f"the energies are scaled differently: by {column.scale:.6g} in the columns, by {row.scale:.6g} in the rows"
+        )
+    return column, row
 
 
 def _names(names: Sequence[str] | frozenset[str]) -> str:

@@ -86,6 +86,7 @@ class Cutter:
         self._producers = {name: node for node in model.graph.node for name in node.output if name}
         self._place = {id(node): index for index, node in enumerate(model.graph.node)}
         self._initializers = {tensor.name: tensor for tensor in model.graph.initializer}
+        self._known = {*trials[0].values}.intersection(*(sizes.values for sizes in trials))
         self._digests: dict[str, bytes] = {}
 
     def cut(self, candidate: Candidate) -> list[onnx.NodeProto]:
@@ -99,7 +100,7 @@ class Cutter:
         names = [result.tensor.name for result in candidate.results]
         while names:
             name = names.pop()
-            if not name or name in stop or name in self._initializers or name in self.trials[0].values:
+            if not name or name in stop or name in self._initializers or name in self._known:
                 continue
             node = self._producers.get(name)
             if node is None:

@@ -109,20 +109,23 @@ def rewrite(model: onnx.ModelProto, *, seed: int = 0) -> RewriteResult:
 
 def _read(model: onnx.ModelProto, graph: gs.Graph) -> tuple[list[Sizes], Tracer, Findings]:
     """Choose trial sizes at which the attended maps are large enough to be told apart, and find the candidates."""
-    best: tuple[list[Sizes], Tracer, Findings] | None = None
+    best: tuple[tuple[int, int], Tracer, Findings, tuple[int, int]] | None = None
     for first, second in _TRIALS:
-        sizes = Sizes(model, height=first[0], width=first[1])
-        tracer = Tracer(graph, sizes)
+        tracer = Tracer(graph, Sizes(model, height=first[0], width=first[1]))
         findings = find(tracer)
         candidates = [*findings.criss_cross, *(candidate for _, candidate in findings.one_way)]
-        trials = [sizes] if sizes.static else [sizes, Sizes(model, height=second[0], width=second[1])]
-        if best is None or len(candidates) > len(best[2].criss_cross) + len(best[2].one_way):
-            best = trials, tracer, findings
-        smallest = min((min(feed.shape[2:]) for candidate in candidates for feed in candidate.feeds), default=0)
-        if sizes.static or smallest >= _SMALLEST_MAP:
-            return trials, tracer, findings
+        score = len(candidates), len(findings.refused)
+        if best is None or score > best[0]:
+            best = score, tracer, findings, second
+        maps = [feed.shape[2:] for candidate in candidates for feed in candidate.feeds]
+        clear = [min(shape) >= _SMALLEST_MAP and shape[0] != shape[1] for shape in maps]
+        if tracer.sizes.static or (clear and all(clear)):
+            break
     assert best is not None  # there are trials
-    return best
+    _, tracer, findings, second = best
+    if tracer.sizes.static:
+        return [tracer.sizes], tracer, findings
+    return [tracer.sizes, Sizes(model, height=second[0], width=second[1])], tracer, findings
 
 
 Refused = list[tuple[gs.Node, str, str]]

@@ -236,6 +236,39 @@ def test_gamma_is_folded_into_the_value_projection(corpus):
     assert "cca.value_conv.weight" not in arrays
 
 
+def test_matrix_inside_an_einsum_becomes_a_projection(corpus):
+    result = rewrite(corpus.graph("co-bilinear"))
+    (node,) = plugin_nodes(result.model)
+    projection = next(item for item in result.model.graph.node if node.input[0] in item.output)
+    arrays = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in result.model.graph.initializer}
+    old = {tensor.name: onnx.numpy_helper.to_array(tensor) for tensor in corpus.graph("co-bilinear").graph.initializer}
+    assert projection.op_type == "Conv"
+    np.testing.assert_array_equal(arrays[projection.input[1]][:, :, 0, 0], old["linear_e.weight"].T)
+
+
+def test_token_attention_is_not_mentioned():
+    """Heads over tokens compare positions of no map."""
+    model = onnx.parser.parse_model(
+        """<ir_version: 10, opset_import: ["" : 18]>
+        tokens (float[2, 9, 8] x, float[8, 8] wq, float[8, 8] wk) => (float[2, 2, 9, 4] y)
+        <int64[4] heads = {2, 9, 2, 4}>
+        {
+            q = MatMul (x, wq)
+            k = MatMul (x, wk)
+            q_split = Reshape (q, heads)
+            k_split = Reshape (k, heads)
+            q_heads = Transpose <perm = [0, 2, 1, 3]> (q_split)
+            k_heads = Transpose <perm = [0, 2, 3, 1]> (k_split)
+            v_heads = Transpose <perm = [0, 2, 1, 3]> (k_split)
+            energy = MatMul (q_heads, k_heads)
+            attention = Softmax (energy)
+            y = MatMul (attention, v_heads)
+        }"""
+    )
+    result = rewrite(model)
+    assert (result.accepted, result.refused) == ((), ())
+
+
 def test_missing_residual_becomes_zeros(corpus):
     result = rewrite(corpus.graph("scaled-axis-one"))
     operators = [node.op_type for node in result.model.graph.node]

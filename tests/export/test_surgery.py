@@ -180,13 +180,22 @@ def test_inherited_metadata_is_the_common_module():
     assert metadata["pkg.torch.onnx.fx_node"] == "%op2"
 
 
-def test_replaced_constant_is_exported():
-    model = rich_model()
+def test_edited_attributes_and_constants_are_exported():
+    model = norm_model(1, bias=True)
     graph = import_graph(model)
-    graph.nodes[1].attrs["amount"] = 5
+    graph.nodes[1].attrs["epsilon"] = 0.5
+    graph.nodes[1].attrs["momentum"] = 0.25
+    graph.nodes[0].inputs[2].values = np.arange(8, dtype=np.float32)
+    assert graph.nodes[2].inputs[1].values.any()  # read, not edited
     result = export_graph(graph, model)
-    assert helper.get_attribute_value(result.graph.node[1].attribute[0]) == 5
-    assert result.graph.node[0] == model.graph.node[0]
+    values = {item.name: helper.get_attribute_value(item) for item in result.graph.node[1].attribute}
+    assert values == {"epsilon": 0.5, "momentum": 0.25}
+    before, after = ({tensor.name: tensor for tensor in item.graph.initializer} for item in (model, result))
+    np.testing.assert_array_equal(numpy_helper.to_array(after.pop("b_a")), np.arange(8))
+    assert all(tensor == before[name] for name, tensor in after.items())
+    assert [node for node in result.graph.node if node.name != "bn_a"] == [
+        node for node in model.graph.node if node.name != "bn_a"
+    ]
 
 
 def test_attach_gives_attributes_and_bodies():
@@ -228,7 +237,7 @@ def test_attach_refuses_two_arities():
         "<float[1, 4] w = {1, 1, 1, 1}, float[1] bias = {0}>"
         "{ x = edgeattn.CoAttentionOneWay (a, b, c)  y = edgeattn.CoAttentionOneWay (x, b, c, w, bias) }"
     )
-    with pytest.raises(UserError, match="CoAttentionOneWay with 3 inputs .* and 5 inputs"):
+    with pytest.raises(UserError, match=r"CoAttentionOneWay with 3 inputs .* and 5 inputs"):
         attach_plugins(model)
 
 
@@ -356,7 +365,7 @@ def norm_model(groups: int, *, bias: bool, shared: str = "", fan_out: bool = Fal
         kernel = "a" if shared in ("weight", "both") else branch
         norm = "a" if shared in ("norm", "both") else branch
         sizes = {"w": (kernel, (8, 4 // groups, 3, 3)), "b": (kernel, (8,))}
-        sizes |= {name: (norm, (8,)) for name in ("gain", "shift", "mean", "variance")}
+        sizes |= dict.fromkeys(("gain", "shift", "mean", "variance"), (norm, (8,)))
         for name, (owner, shape) in sizes.items():
             array = generator.standard_normal(shape).astype(np.float32)
             tensors.setdefault(f"{name}_{owner}", np.abs(array) + 0.1 if name == "variance" else array)
