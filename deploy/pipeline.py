@@ -15,9 +15,10 @@ from edgeattn.deploy.evidence import BUNDLED, checkpoint_path, evaluation_sample
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples
 from edgeattn.export.fp16 import to_fp16
 from edgeattn.export.int8 import to_int8
+from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.run_directory import RunDirectory
 from edgeattn.export.surgery import inline_plugins, strip_bodies
-from edgeattn.export.to_onnx import DEFAULT_OPSET, to_onnx
+from edgeattn.export.to_onnx import to_onnx
 from edgeattn.foundation import UserError, atomic_path, sha256_of, write_text
 from edgeattn.models import MODELS
 from edgeattn.models.checkpoint import load_checkpoint, read_checkpoint

@@ -12,8 +12,9 @@ import onnx_ir as ir
 from onnx import inliner
 
 from edgeattn.export.attention_islands import LAYOUT_OPS
-from edgeattn.export.node_selection import claim_name
-from edgeattn.export.precision_types import IR_VERSION, check_types, element_types, graph_values, write_types
+from edgeattn.export.names import claim_name
+from edgeattn.export.opsets import IR_VERSION
+from edgeattn.export.precision_types import check_types, element_types, graph_values, write_types
 from edgeattn.foundation import UserError
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16

@@ -11,16 +11,16 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgeattn.export.fp16_policy import TYPELESS_OPS, Fp16Plan, plan_fp16
-from edgeattn.export.node_selection import claim_name, selected_names, with_node_names
+from edgeattn.export.names import claim_name
+from edgeattn.export.node_selection import selected_names, with_node_names
+from edgeattn.export.opsets import IR_VERSION, standard_opset
 from edgeattn.export.precision_types import (
-    IR_VERSION,
     allows_half,
     check_types,
     constant_array,
     element_types,
     has_half,
     is_float,
-    standard_opset,
     vanishing_count,
     write_types,
 )

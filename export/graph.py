@@ -20,8 +20,8 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
-IR_VERSION = 10
-"""The first ONNX IR version in which nodes carry metadata; every exported model has at least this one."""
+from edgeattn.export.names import fresh_name
+from edgeattn.export.opsets import IR_VERSION
 
 NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of the torch module paths from the root inwards, a list literal that ends in the torch node's name:
@@ -47,16 +47,6 @@ def unique_node_names(graph: onnx.GraphProto) -> list[str]:
         seen.add(name)
         names.append(name)
     return names
-
-
-def fresh_name(stem: str, taken: Iterable[str]) -> str:
-    """Return `stem`, or `stem_2`, `stem_3`, ... if it is taken."""
-    known = taken if isinstance(taken, (set, dict, frozenset)) else set(taken)
-    name, count = stem, 1
-    while name in known:
-        count += 1
-        name = f"{stem}_{count}"
-    return name
 
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:

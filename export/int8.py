@@ -15,7 +15,8 @@ from edgeattn.export.attention_islands import attention_maps, softmax_islands
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples, input_shapes
 from edgeattn.export.conformance import UNSUPPORTED_OPS, check_qdq
 from edgeattn.export.node_selection import selected_names, with_node_names
-from edgeattn.export.precision_types import IR_VERSION, check_types, element_types, has_half, standard_opset
+from edgeattn.export.opsets import IR_VERSION, standard_opset
+from edgeattn.export.precision_types import check_types, element_types, has_half
 from edgeattn.foundation import UserError
 
 QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")

@@ -8,6 +8,7 @@ from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 
+from edgeattn.export.names import claim_name
 from edgeattn.foundation import UserError
 
 SCOPES = "pkg.torch.onnx.name_scopes"
@@ -68,12 +69,3 @@ def with_node_names(model: onnx.ModelProto) -> onnx.ModelProto:
     for node in copy.graph.node:
         node.name = claim_name(node.name or f"node_{node.output[0]}", taken)
     return copy
-
-
-def claim_name(wanted: str, taken: set[str]) -> str:
-    """Return `wanted`, with a number appended where needed to differ from all names in `taken`, and add it to them."""
-    name, number = wanted, 1
-    while name in taken:
-        name, number = f"{wanted}_{number}", number + 1
-    taken.add(name)
-    return name

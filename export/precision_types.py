@@ -12,9 +12,6 @@ from onnx import TensorProto
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN
 
-IR_VERSION = 10
-"""IR version of every model that is written: what ONNX Runtime and the TensorRT parsers of all targets read."""
-
 FP16_LIMIT = 65504.0
 """Largest finite FP16 number."""
 
@@ -22,18 +19,6 @@ SCALE_LOSS = 2.0**-9
 """Relative change a scalar may take when rounded to FP16: half of INT8's own rounding, and four times FP16's."""
 
 _FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
-
-
-def standard_opset(model: onnx.ModelProto) -> int:
-    """Return the version of the standard operators that the model imports.
-
-    Raises:
-        UserError: it imports none.
-    """
-    for entry in model.opset_import:
-        if entry.domain in ("", "ai.onnx"):
-            return entry.version
-    raise UserError("the ONNX model imports no standard operator set. Export it again with an explicit opset.")
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:

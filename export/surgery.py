@@ -12,7 +12,9 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 from onnxscript import optimizer
 
-from edgeattn.export.graph import IR_VERSION, constant_value, export_graph, fresh_name, import_graph, unique_node_names
+from edgeattn.export.graph import constant_value, export_graph, import_graph, unique_node_names
+from edgeattn.export.names import fresh_name
+from edgeattn.export.opsets import IR_VERSION, standard_opset
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN, PLUGIN_VERSION, PLUGINS, PluginSpec, spec_of
 
@@ -28,7 +30,7 @@ def default_opset(model: onnx.ModelProto) -> int:
     Raises:
         UserError: older than the plugin bodies need, or not imported at all.
     """
-    version = next((entry.version for entry in model.opset_import if entry.domain in ("", "ai.onnx")), 0)
+    version = standard_opset(model)
     if version < MINIMUM_OPSET:
         raise UserError(
             f"the model uses opset {version}, and the attention operations need {MINIMUM_OPSET} or later. Export it "

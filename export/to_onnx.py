@@ -14,14 +14,9 @@ import torch
 from torch import nn
 
 from edgeattn.export.opaque import hide_cores, translation_table
+from edgeattn.export.opsets import DEFAULT_OPSET, IR_VERSION
 from edgeattn.export.surgery import attach_plugins, fold_conv_batchnorm
 from edgeattn.foundation import UserError
-
-IR_VERSION = 10
-"""ONNX file version written; newer ones are refused by the runtimes in the field."""
-
-DEFAULT_OPSET = 18
-"""Version of the standard operators that every supported TensorRT parses."""
 
 _OPSETS = range(18, 23)  # 23 brings Attention and RMSNormalization, which TensorRT's parser up to 10.10 rejects
 

@@ -90,7 +90,7 @@ def _half(side: int, rng: np.random.Generator) -> np.ndarray:
     """Return a mask (side, side) that keeps the upper, lower, left or right half."""
     kept = np.zeros((side, side), np.float32)
     kept[: side // 2] = 1
-    return np.rot90(kept, rng.integers(4))
+    return np.rot90(kept, int(rng.integers(4)))
 
 
 @dataclass

@@ -9,7 +9,8 @@ import onnx
 import onnx_graphsurgeon as gs
 from onnx import helper
 
-from edgeattn.export.graph import constant_value, fresh_name
+from edgeattn.export.graph import constant_value
+from edgeattn.export.names import fresh_name
 from edgeattn.export.rewrite.candidates import Candidate, Snippet
 
 

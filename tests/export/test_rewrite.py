@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import time
-
 import numpy as np
 import onnx
 import onnxruntime
@@ -11,7 +9,7 @@ import pytest
 from onnx import helper
 
 from edgeattn.export.graph import module_path
-from edgeattn.export.rewrite import rewrite
+from edgeattn.export.rewrite import rewrite, verify
 from edgeattn.export.surgery import attach_plugins, inline_plugins
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import PLUGINS
@@ -351,14 +349,12 @@ def chain(model: onnx.ModelProto, blocks: int) -> onnx.ModelProto:
     return result
 
 
-def test_chain_of_sixty_blocks_takes_at_most_a_second(corpus):
+def test_every_block_of_a_chain_is_found_and_equal_blocks_are_run_once(corpus, monkeypatch):
+    """What makes long networks fast; benchmarks/rewrite_chain.py measures how fast."""
+    runs = []
+    compare = verify.Verifier._compare
+    monkeypatch.setattr(verify.Verifier, "_compare", lambda *arguments: runs.append(1) or compare(*arguments))
     model = chain(corpus.graph("bmm"), 60)
     assert len(model.graph.node) >= 2460
-    seconds = []
-    for _ in range(3):
-        start = time.process_time()
-        result = rewrite(model)
-        seconds.append(time.process_time() - start)
-    assert len(result.accepted) == 60
-    # Processor time of the best of three runs: what the work takes, whatever else the machine does meanwhile.
-    assert min(seconds) <= 1.0
+    assert len(rewrite(model).accepted) == 60
+    assert len(runs) == 1
