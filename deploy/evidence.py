@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import importlib
-from collections.abc import Iterator, Mapping
-from itertools import islice
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 from torch import nn
@@ -41,37 +40,51 @@ def load_original(spec: ModelSpec, path: Path) -> nn.Module:
     return original.eval()
 
 
-def evaluation_samples(spec: ModelSpec, images: Path | None, size: tuple[int, int], count: int) -> list[Sample]:
-    """Return what parity is judged on: the images of a folder at `size`, or the model's held-out samples.
+class EvaluationSamples:
+    """What parity is judged on, made anew by every loop over it: one sample is in memory at a time.
 
-    Raises:
-        UserError: no folder is given and the model has no held-out samples.
-    """
-    if images is not None:
-        return list(islice(image_samples(images, len(spec.inputs), size), count))
-    if spec.samples is None:
-        raise UserError(
-            f"no evaluation images are bundled with {spec.name}. Give a folder of typical images with --images."
-        )
-    return list(spec.samples(count))
-
-
-def image_samples(folder: Path, inputs: int, size: tuple[int, int]) -> Iterator[Sample]:
-    """Yield samples without truth from the images of a folder, in the order of their names.
+    The images of a folder in the order of their names, without truth (for networks of two inputs an image and its
+    successor form a pair), or the model's held-out samples.
 
     Args:
-        folder: holds the images.
-        inputs: image inputs of the network; with two, an image and its successor form a pair.
-        size: (height, width) that the images are resized to.
+        spec: the model.
+        images: folder of images; the held-out samples when None.
+        size: (height, width) that all is resized to.
+        count: samples at most.
 
     Raises:
-        UserError: the folder is missing or holds too few images, or one cannot be read.
+        UserError: no folder is given and the model has no held-out samples, or the folder is missing or holds too few
+            images. An image that cannot be read raises when it is reached.
     """
+
+    def __init__(self, spec: ModelSpec, images: Path | None, size: tuple[int, int], count: int) -> None:
+        self._make: Callable[[], Iterator[Sample]]
+        if images is not None:
+            files = _image_groups(images, len(spec.inputs))[:count]
+            self._make = lambda: (Sample(tuple(read_image(file, size) for file in group), None) for group in files)
+            self._count = len(files)
+            return
+        if spec.samples is None:
+            raise UserError(
+                f"no evaluation images are bundled with {spec.name}. Give a folder of typical images with --images."
+            )
+        held_out = spec.samples
+        self._make = lambda: (sample.resized(size) for sample in held_out(count))
+        self._count = count
+
+    def __len__(self) -> int:
+        return self._count
+
+    def __iter__(self) -> Iterator[Sample]:
+        return self._make()
+
+
+def _image_groups(folder: Path, inputs: int) -> list[tuple[Path, ...]]:
+    """Return overlapping runs of `inputs` consecutive image files."""
     files = image_files(folder)
     if len(files) < inputs:
         raise UserError(f"the folder {folder} holds {len(files)} image, but the network takes {inputs} at a time.")
-    for start in range(len(files) - inputs + 1):
-        yield Sample(tuple(read_image(file, size) for file in files[start : start + inputs]), None)
+    return [tuple(files[start : start + inputs]) for start in range(len(files) - inputs + 1)]
 
 
 def write_evidence(parity: Parity, folder: Path, facts: Mapping[str, object]) -> None:

@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
-from edgeattn.deploy.evidence import checkpoint_path, evaluation_samples, load_original, write_evidence
+from edgeattn.deploy.evidence import EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.deploy.pipeline import Progress, save_model
+from edgeattn.export.calibration import input_shapes
 from edgeattn.export.rewrite import RewriteResult
 from edgeattn.export.rewrite import rewrite as rewrite_model
 from edgeattn.export.run_directory import versions
@@ -56,7 +57,7 @@ def compare_files(
     path = checkpoint_path(spec, checkpoint)
     original = load_original(spec, path)
     forms = [form_of(file) for file in files]
-    samples = evaluation_samples(spec, images, spec.size, sample_count)
+    samples = EvaluationSamples(spec, images, _fixed_size(files) or spec.size, sample_count)
 
     def move(done: int) -> None:
         if progress:
@@ -72,6 +73,23 @@ def compare_files(
         }
         write_evidence(parity, output, facts)
     return parity
+
+
+def _fixed_size(files: Sequence[Path]) -> tuple[int, int] | None:
+    """Return the (height, width) that the files' inputs are fixed to, or None when all leave it open.
+
+    Raises:
+        UserError: files of different sizes, which cannot be judged on the same images.
+    """
+    sizes: dict[tuple[int, int], Path] = {}
+    for file in files:
+        for shape in input_shapes(load_form(file)).values():
+            if len(shape) == 4 and shape[2] is not None and shape[3] is not None:
+                sizes.setdefault((shape[2], shape[3]), file)
+    if len(sizes) > 1:
+        given = ", ".join(f"{file} takes {size[0]}x{size[1]}" for size, file in sizes.items())
+        raise UserError(f"the files are of different input sizes: {given}. Compare them one at a time.")
+    return next(iter(sizes), None)
 
 
 def rewrite_file(model: Path, output: Path, *, strip: bool = False, seed: int = 0) -> RewriteResult:

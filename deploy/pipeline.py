@@ -6,12 +6,13 @@ import dataclasses
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import onnx
 import torch
 
-from edgeattn.deploy.evidence import BUNDLED, checkpoint_path, evaluation_samples, load_original, write_evidence
+from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples
 from edgeattn.export.fp16 import to_fp16
 from edgeattn.export.int8 import to_int8
@@ -86,7 +87,7 @@ class ExportRun:
         self.model = self.spec.build()
         self.load_report = load_checkpoint(self.model, read_checkpoint(self.checkpoint))
         self.calibration = self._calibration() if request.int8 else None
-        self.samples = evaluation_samples(self.spec, request.images, self.size, request.sample_count)
+        self.samples = EvaluationSamples(self.spec, request.images, self.size, request.sample_count)
         self.directory = RunDirectory(output)
 
     def run(self) -> Parity:
@@ -127,7 +128,7 @@ class ExportRun:
             self.spec, original, forms, self.samples, progress=lambda done: self.progress("compare", done, total)
         )
         if self.request.extra_sizes:
-            sizes = compare_sizes(self.spec, original, forms, self.request.extra_sizes, samples=self.samples[:2])
+            sizes = compare_sizes(self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2))
             parity = dataclasses.replace(parity, sizes=sizes)
         write_evidence(parity, self.directory.path, self.directory.manifest)
         return parity
@@ -215,7 +216,9 @@ class ExportRun:
                 f"INT8 needs real images, and none are bundled with {self.spec.name}. "
                 "Give a folder of images or an .npz file with --calibration."
             )
-        bundled = [self.spec.network_inputs(sample) for sample in self.spec.calibration(CALIBRATION_COUNT)]
+        bundled = [
+            self.spec.network_inputs(sample.resized(self.size)) for sample in self.spec.calibration(CALIBRATION_COUNT)
+        ]
         return calibration_samples(bundled, inputs=shapes)
 
     def _facts(self) -> dict[str, object]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import nn
 
 from edgeattn.foundation import Registry
@@ -64,6 +65,21 @@ class Sample:
 
     images: tuple[np.ndarray, ...]
     target: np.ndarray | None
+
+    def resized(self, size: tuple[int, int]) -> Sample:
+        """Return the sample at (height, width) = `size`: images bilinear, labels nearest."""
+        height, width = size
+        if all(image.shape[:2] == size for image in self.images):
+            return self
+
+        def scale(array: np.ndarray, method: Image.Resampling) -> np.ndarray:
+            return np.asarray(Image.fromarray(array).resize((width, height), method))
+
+        images = tuple(scale(image, Image.Resampling.BILINEAR) for image in self.images)
+        if self.target is None:
+            return Sample(images, None)
+        nearest = [scale(labels.astype(np.int32), Image.Resampling.NEAREST) for labels in self.target]
+        return Sample(images, np.stack(nearest).astype(np.int64))
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,6 @@ import onnx
 import onnxruntime
 import polygraphy
 import torch
-from PIL import Image
 from torch import nn
 
 from edgeattn.foundation import UserError
@@ -327,8 +326,8 @@ def compare_sizes(
     """
     if samples is None and spec.samples is not None:
         samples = spec.samples(2)
-    images = [sample.images for sample in samples or ()]
-    if not images:
+    given = list(samples or ())
+    if not given:
         raise UserError(f"there is no image to check the sizes of {spec.name} with. Give at least one sample.")
     candidates = [_Candidate(spec, form, threads) for form in forms]
     checks: list[list[SizeCheck]] = [[] for _ in candidates]
@@ -337,19 +336,11 @@ def compare_sizes(
         for candidate in candidates:
             candidate.activate(stack)
         for size in sizes:
-            feeds = [_resized(spec, sample, size) for sample in images]
+            feeds = [spec.network_inputs(sample.resized(size)) for sample in given]
             references = [dict(reference.infer(feed)) for feed in feeds]
             for candidate, found in zip(candidates, checks, strict=True):
                 found.append(_check_size(candidate, size, feeds, references))
     return tuple(check for found in checks for check in found)
-
-
-def _resized(spec: ModelSpec, images: Sequence[np.ndarray], size: tuple[int, int]) -> dict[str, np.ndarray]:
-    height, width = size
-    scaled = tuple(
-        np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BILINEAR)) for image in images
-    )
-    return spec.network_inputs(Sample(scaled, None))
 
 
 def _check_size(
