@@ -99,7 +99,7 @@ _cosnet(
 _ccnet(
     "ccnet-digits",
     "small CCNet trained on handwritten digits over photographs, bundled",
-    {"num_classes": 11, "recurrence": 2, "blocks": (1, 1, 1, 1), "stem_width": 16, "base_width": 8},
+    {"num_classes": 11, "recurrence": 2, "blocks": (1, 1, 2, 1), "stem_width": 16, "base_width": 8},
     preprocessing=_CENTRED_RGB,
     size=(digits.HEIGHT, digits.WIDTH),
     classes=digits.CLASSES,

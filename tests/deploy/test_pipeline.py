@@ -139,3 +139,15 @@ def test_files_are_compared_and_rewritten(ccnet_run: tuple[Path, ExportRun], tmp
     assert [entry.form.plugin for entry in parity.forms] == [True, False, True]
     assert parity.forms[0].passed, parity.forms[0].reasons
     assert (tmp_path / "evidence" / "report.html").exists()
+
+
+@pytest.mark.parametrize("model", ["ccnet-digits", "cosnet-digits"])
+@pytest.mark.parametrize("size", [(97, 113), (129, 161)], ids=str)
+def test_static_forms_at_odd_sizes(model: str, size: tuple[int, int], tmp_path: Path) -> None:
+    request = ExportRequest(model, size=size, plugins=True, sample_count=3)
+    parity = ExportRun(request, tmp_path / "run").run()
+    assert parity.passed, [entry.reasons for entry in parity.forms]
+    for entry in parity.forms:
+        assert all(error.worst_relative_l2 <= 1e-5 for error in entry.outputs.values())
+    shape = onnx.load(tmp_path / "run" / "model.onnx").graph.input[0].type.tensor_type.shape
+    assert tuple(dim.dim_value for dim in shape.dim) == (1, 3, *size)
