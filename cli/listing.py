@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
-from rich.table import Table
+from rich.table import Column, Table
 
 from edgeattn.blocks import BLOCKS
 from edgeattn.cli.console import CONSOLE
@@ -15,15 +15,20 @@ from edgeattn.plugins_trt import PLUGINS
 from edgeattn.targets import TARGETS
 
 
+def _name(header: str) -> Column:
+    """Return the column of names, which have to stay whole to be copied."""
+    return Column(header, no_wrap=True)
+
+
 def _blocks() -> Table:
-    table = Table("block", "paper", "plugin", "in FP16")
+    table = Table(_name("block"), "paper", "plugin", "in FP16")
     for block in BLOCKS:
         table.add_row(block.name, block.paper, block.plugin or "", block.precision)
     return table
 
 
 def _models() -> Table:
-    table = Table("model", "what it is", "size", "weights")
+    table = Table(_name("model"), "what it is", "size", "weights")
     for model in MODELS:
         weights = "bundled" if model.checkpoint else "yours"
         table.add_row(model.name, model.summary, f"{model.size[0]}x{model.size[1]}", weights)
@@ -31,14 +36,14 @@ def _models() -> Table:
 
 
 def _plugins() -> Table:
-    table = Table("operation", "inputs", "what it computes")
+    table = Table(_name("operation"), "inputs", "what it computes")
     for plugin in PLUGINS:
         table.add_row(plugin.op_type, ", ".join(tensor.name for tensor in plugin.inputs), plugin.summary)
     return table
 
 
 def _targets() -> Table:
-    table = Table("target", "what it is", "TensorRT", "CUDA", "SM")
+    table = Table(_name("target"), "what it is", "TensorRT", "CUDA", "SM")
     for target in TARGETS:
         table.add_row(target.name, target.summary, _dotted(target.tensorrt), _dotted(target.cuda), f"sm_{target.sm}")
     return table
