@@ -27,12 +27,12 @@ def compare(
     Exit status 1 when a file fails parity, 2 when the input cannot be used.
     """
     with progress_bars() as progress:
-        parity = compare_files(
+        record = compare_files(
             model, checkpoint, onnx_files, images=images, sample_count=samples, output=output, progress=progress
         )
-    CONSOLE.print(parity_table(model, parity))
+    CONSOLE.print(parity_table(model, record))
     if output:
         CONSOLE.print(f"report: {output / 'report.html'}")
-    print_failures(model, parity)
-    if not parity.passed:
+    print_failures(model, record)
+    if record["verdict"] != "PASS":
         raise typer.Exit(1)

@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import math
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
@@ -13,7 +14,6 @@ from rich.table import Table
 
 from edgeattn.deploy.pipeline import Progress as ProgressCallback
 from edgeattn.foundation import UserError
-from edgeattn.validation.parity import Parity
 
 CONSOLE = Console()
 ERRORS = Console(stderr=True)
@@ -51,31 +51,42 @@ def progress_bars(prefix: str = "") -> Iterator[ProgressCallback]:
         yield move
 
 
-def parity_table(name: str, parity: Parity) -> Table:
-    """Return the verdicts of a comparison as a table, a row per form."""
+def parity_table(name: str, record: Mapping[str, Any]) -> Table:
+    """Return the verdicts of a comparison, the content of a `parity.json`, as a table with a row per form."""
     table = Table(title=f"{name}: parity with PyTorch (CPU)", title_justify="left")
     for column in ("form", "relative L2", "max abs", "labels", "mIoU", "change", "verdict"):
         table.add_column(column, justify="left" if column in ("form", "verdict") else "right", no_wrap=True)
-    table.add_row("PyTorch", "", "", "", f"{parity.original.mean_iou:.4f}", "", "", style="dim")
-    for entry in parity.forms:
-        errors = entry.outputs.values()
+    table.add_row("PyTorch", "", "", "", _number(record["original"]["mean_iou"], ".4f"), "", "", style="dim")
+    for entry in record["forms"]:
+        errors = entry["outputs"].values()
+        drop = entry["task_drop"]
         table.add_row(
-            entry.form.name,
-            f"{max((error.worst_relative_l2 for error in errors), default=math.nan):.1e}",
-            f"{max((error.max_abs for error in errors), default=math.nan):.1e}",
-            f"{entry.label_agreement:.3%}",
-            f"{entry.score.mean_iou:.4f}",
-            f"{-100 * entry.task_drop + 0.0:+.2f}",
-            "[green]PASS[/]" if entry.passed else "[bold red]FAIL[/]",
+            entry["form"]["name"],
+            _number(max((error["worst_relative_l2"] for error in errors), key=_size, default=None), ".1e"),
+            _number(max((error["max_abs"] for error in errors), key=_size, default=None), ".1e"),
+            _number(entry["label_agreement"], ".3%"),
+            _number(entry["score"]["mean_iou"], ".4f"),
+            _number(None if drop is None else 0.0 - 100 * drop, "+.2f"),
+            "[green]PASS[/]" if entry["verdict"] == "PASS" else "[bold red]FAIL[/]",
         )
     return table
 
 
-def print_failures(name: str, parity: Parity) -> None:
+def _size(value: float | str | None) -> float:
+    """Order numbers as a record holds them; what is unknown counts as largest."""
+    return math.inf if value is None else float(value)
+
+
+def _number(value: float | str | None, form: str) -> str:
+    return "?" if value is None else format(float(value), form)
+
+
+def print_failures(name: str, record: Mapping[str, Any]) -> None:
     """Print why forms and sizes failed, if any did."""
-    for entry in parity.forms:
-        for reason in entry.reasons:
-            ERRORS.print(f"[bold red]FAIL[/] {name}, {entry.form.name}: {reason}")
-    for check in parity.sizes:
-        for reason in check.reasons:
-            ERRORS.print(f"[bold red]FAIL[/] {name}, {check.form} at {check.size[0]}x{check.size[1]}: {reason}")
+    for entry in record["forms"]:
+        for reason in entry["reasons"]:
+            ERRORS.print(f"[bold red]FAIL[/] {name}, {entry['form']['name']}: {reason}")
+    for check in record["sizes"]:
+        for reason in check["reasons"]:
+            height, width = check["size"]
+            ERRORS.print(f"[bold red]FAIL[/] {name}, {check['form']} at {height}x{width}: {reason}")

@@ -55,11 +55,11 @@ def export(
     )
     with progress_bars() as progress:
         run = ExportRun(request, output, progress)
-        parity = run.run()
+        record = run.run()
     if run.directory.skipped:
         CONSOLE.print(f"unchanged, not repeated: {', '.join(run.directory.skipped)}", style="dim")
-    CONSOLE.print(parity_table(model, parity))
+    CONSOLE.print(parity_table(model, record))
     CONSOLE.print(f"report: {output / 'report.html'}")
-    print_failures(model, parity)
-    if not parity.passed:
+    print_failures(model, record)
+    if record["verdict"] != "PASS":
         raise typer.Exit(1)

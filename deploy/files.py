@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edgeattn.deploy.evidence import EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.deploy.pipeline import Progress, save_model
@@ -14,7 +15,7 @@ from edgeattn.export.run_directory import versions
 from edgeattn.export.surgery import strip_bodies
 from edgeattn.foundation import UserError, sha256_of
 from edgeattn.models import MODELS
-from edgeattn.validation.parity import Form, Parity, compare_forms
+from edgeattn.validation.parity import Form, compare_forms
 from edgeattn.validation.runners import facts_of, load_form
 
 
@@ -38,7 +39,7 @@ def compare_files(
     sample_count: int = 200,
     output: Path | None = None,
     progress: Progress | None = None,
-) -> Parity:
+) -> dict[str, Any]:
     """Judge ONNX files against the PyTorch original with the same weights.
 
     Args:
@@ -49,6 +50,9 @@ def compare_files(
         sample_count: how many samples to judge on, at most.
         output: folder for `parity.json` and `report.html`; nothing is written when None.
         progress: told about the samples done.
+
+    Returns:
+        What `parity.json` holds, see `edgeattn.validation.records.Parity.as_dict`.
 
     Raises:
         UserError: something given cannot be used.
@@ -72,7 +76,7 @@ def compare_files(
             "versions": versions(),
         }
         write_evidence(parity, output, facts)
-    return parity
+    return parity.as_dict()
 
 
 def _fixed_size(files: Sequence[Path]) -> tuple[int, int] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import onnx
 import torch
@@ -90,8 +91,12 @@ class ExportRun:
         self.samples = EvaluationSamples(self.spec, request.images, self.size, request.sample_count)
         self.directory = RunDirectory(output)
 
-    def run(self) -> Parity:
-        """Make every form, compare them with the original, and write `parity.json` and `report.html`."""
+    def run(self) -> dict[str, Any]:
+        """Make every form, compare them with the original, and write `parity.json` and `report.html`.
+
+        Returns:
+            The content of `parity.json`, see `edgeattn.validation.records.Parity.as_dict`.
+        """
         self.directory.describe(self._facts())
         write_text(self.directory.path / "load_report.json", json.dumps(self.load_report.as_dict(), indent=1) + "\n")
         forms = self.make_forms()
@@ -120,18 +125,36 @@ class ExportRun:
                     self._strip(precision, path)
         return forms
 
-    def judge(self, forms: Sequence[Form]) -> Parity:
-        """Compare forms with the original and write the results."""
+    def judge(self, forms: Sequence[Form]) -> dict[str, Any]:
+        """Compare forms with the original, write the results, and return the content of `parity.json`."""
+        request = self.request
+        settings = {
+            "forms": [[form.name, form.precision, form.plugin] for form in forms],
+            "samples": len(self.samples),
+            "size": list(self.size),
+            "extra_sizes": [list(size) for size in request.extra_sizes],
+        }
+        inputs = [self.checkpoint, *(form.path for form in forms), *([request.images] if request.images else [])]
+        path, _ = self.directory.stage(
+            "compare",
+            lambda: write_evidence(self._compare(forms), self.directory.path, self.directory.manifest),
+            settings=settings,
+            inputs=inputs,
+            outputs=["parity.json", "report.html"],
+        )
+        record: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
+        return record
+
+    def _compare(self, forms: Sequence[Form]) -> Parity:
         original = load_original(self.spec, self.checkpoint)
         total = len(self.samples)
         parity = compare_forms(
             self.spec, original, forms, self.samples, progress=lambda done: self.progress("compare", done, total)
         )
-        if self.request.extra_sizes:
-            sizes = compare_sizes(self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2))
-            parity = dataclasses.replace(parity, sizes=sizes)
-        write_evidence(parity, self.directory.path, self.directory.manifest)
-        return parity
+        if not self.request.extra_sizes:
+            return parity
+        sizes = compare_sizes(self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2))
+        return dataclasses.replace(parity, sizes=sizes)
 
     def _export(self) -> Path:
         opset = self.request.opset or (self.target.opset if self.target else DEFAULT_OPSET)

@@ -43,6 +43,8 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the output {self.path} is a file. Give a folder with -o.")
         self._manifest = self._read()
+        for leftover in self.path.glob("**/.*.tmp*"):  # of a run that was killed while writing
+            leftover.unlink()
         self.skipped: list[str] = []
         self._write()  # an unwritable folder shows before any work is done
 

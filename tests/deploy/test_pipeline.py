@@ -16,6 +16,12 @@ from edgeattn.deploy.pipeline import ExportRequest, ExportRun
 from edgeattn.models import MODELS
 
 
+def assert_passed(record: dict) -> None:
+    """Assert the verdict, and show the reasons where it is another."""
+    reasons = [check["reasons"] for check in [*record["forms"], *record["sizes"]]]
+    assert record["verdict"] == "PASS", reasons
+
+
 @pytest.fixture(scope="module")
 def ccnet_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportRun]:
     """A static CCNet run with every form, for a target that takes no function bodies."""
@@ -24,8 +30,7 @@ def ccnet_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, ExportRun
         "ccnet-digits", fp16=True, int8=True, plugins=True, target="jetpack-6.2-orin", sample_count=12
     )
     run = ExportRun(request, folder)
-    parity = run.run()
-    assert parity.passed, [entry.reasons for entry in parity.forms]
+    assert_passed(run.run())
     return folder, run
 
 
@@ -68,7 +73,7 @@ def test_evidence_says_what_was_measured(ccnet_run: tuple[Path, ExportRun]) -> N
 def test_rerun_resumes_and_repairs(ccnet_run: tuple[Path, ExportRun], monkeypatch: pytest.MonkeyPatch) -> None:
     folder, first = ccnet_run
     second = ExportRun(first.request, folder)
-    second.make_forms()
+    second.run()
     assert set(second.directory.skipped) == set(second.directory.manifest["stages"])  # type: ignore[arg-type]
     (folder / "model.fp16.onnx").write_bytes(b"damaged")
     third = ExportRun(first.request, folder)
@@ -78,7 +83,7 @@ def test_rerun_resumes_and_repairs(ccnet_run: tuple[Path, ExportRun], monkeypatc
 
     monkeypatch.setattr(pipeline, "to_onnx", no_export)
     third.make_forms()
-    assert set(third.directory.skipped) == set(third.directory.manifest["stages"]) - {"inline-fp16"}  # type: ignore[arg-type]
+    assert set(third.directory.skipped) == set(third.directory.manifest["stages"]) - {"inline-fp16", "compare"}  # type: ignore[arg-type]
     onnx.checker.check_model(onnx.load(folder / "model.fp16.onnx"))
 
 
@@ -97,11 +102,11 @@ def test_cosnet_dynamic_passes_at_odd_sizes(tmp_path: Path) -> None:
     request = ExportRequest(
         "cosnet-digits", dynamic=True, sample_count=4, extra_sizes=((97, 113), (129, 161), (96, 128))
     )
-    parity = ExportRun(request, tmp_path / "run").run()
-    assert parity.passed, [entry.reasons for entry in parity.forms] + [check.reasons for check in parity.sizes]
-    assert len(parity.sizes) == 3
-    assert all(check.skipped is None for check in parity.sizes)
-    assert all(error <= 1e-5 for check in parity.sizes for error in check.relative_l2.values())
+    record = ExportRun(request, tmp_path / "run").run()
+    assert_passed(record)
+    assert len(record["sizes"]) == 3
+    assert all(check["skipped"] is None for check in record["sizes"])
+    assert all(error <= 1e-5 for check in record["sizes"] for error in check["relative_l2"].values())
     # Without --plugins the plugin form is an intermediate.
     assert {path.name for path in (tmp_path / "run").glob("*.onnx")} == {"model.onnx"}
 
@@ -116,9 +121,9 @@ def test_images_and_calibration_of_the_user(tmp_path: Path) -> None:
         "ccnet-digits", int8=True, calibration=tmp_path / "images", images=tmp_path / "images", sample_count=3
     )
     run = ExportRun(request, tmp_path / "run")
-    parity = run.run()
-    assert parity.samples == 3
-    assert next(entry for entry in parity.forms if entry.form.name == "fp32").passed
+    record = run.run()
+    assert record["samples"] == 3
+    assert {entry["form"]["name"]: entry["verdict"] for entry in record["forms"]}["fp32"] == "PASS"
     fingerprint = run.directory.manifest["run"]["calibration"]["sha256"]  # type: ignore[index]
     arrays = np.concatenate([spec.network_inputs(sample)["image"] for sample in spec.samples(8)])
     np.savez(tmp_path / "images.npz", image=arrays)
@@ -134,10 +139,10 @@ def test_files_are_compared_and_rewritten(ccnet_run: tuple[Path, ExportRun], tmp
     result = rewrite_file(folder / "model.onnx", tmp_path / "rewritten.onnx")
     assert [replacement.operation for replacement in result.accepted] == ["CrissCrossAttention"] * 2
     files = [tmp_path / "rewritten.onnx", folder / "model.int8.onnx", folder / "model.plugin.fp16.onnx"]
-    parity = compare_files("ccnet-digits", "bundled", files, sample_count=3, output=tmp_path / "evidence")
-    assert [entry.form.precision for entry in parity.forms] == ["fp32", "int8", "fp16"]
-    assert [entry.form.plugin for entry in parity.forms] == [True, False, True]
-    assert parity.forms[0].passed, parity.forms[0].reasons
+    record = compare_files("ccnet-digits", "bundled", files, sample_count=3, output=tmp_path / "evidence")
+    assert [entry["form"]["precision"] for entry in record["forms"]] == ["fp32", "int8", "fp16"]
+    assert [entry["form"]["plugin"] for entry in record["forms"]] == [True, False, True]
+    assert record["forms"][0]["verdict"] == "PASS", record["forms"][0]["reasons"]
     assert (tmp_path / "evidence" / "report.html").exists()
 
 
@@ -145,9 +150,9 @@ def test_files_are_compared_and_rewritten(ccnet_run: tuple[Path, ExportRun], tmp
 @pytest.mark.parametrize("size", [(97, 113), (129, 161)], ids=str)
 def test_static_forms_at_odd_sizes(model: str, size: tuple[int, int], tmp_path: Path) -> None:
     request = ExportRequest(model, size=size, plugins=True, sample_count=3)
-    parity = ExportRun(request, tmp_path / "run").run()
-    assert parity.passed, [entry.reasons for entry in parity.forms]
-    for entry in parity.forms:
-        assert all(error.worst_relative_l2 <= 1e-5 for error in entry.outputs.values())
+    record = ExportRun(request, tmp_path / "run").run()
+    assert_passed(record)
+    for entry in record["forms"]:
+        assert all(error["worst_relative_l2"] <= 1e-5 for error in entry["outputs"].values())
     shape = onnx.load(tmp_path / "run" / "model.onnx").graph.input[0].type.tensor_type.shape
     assert tuple(dim.dim_value for dim in shape.dim) == (1, 3, *size)
