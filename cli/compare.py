@@ -21,6 +21,7 @@ def compare(
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples parity is judged on, at most.")] = 200,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for parity.json and report.")] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for judging; large networks gain from more.")] = 1,
 ) -> None:
     """Judge ONNX files against the PyTorch original with the same weights.
 
@@ -28,7 +29,14 @@ def compare(
     """
     with progress_bars() as progress:
         record = compare_files(
-            model, checkpoint, onnx_files, images=images, sample_count=samples, output=output, progress=progress
+            model,
+            checkpoint,
+            onnx_files,
+            images=images,
+            sample_count=samples,
+            output=output,
+            threads=threads,
+            progress=progress,
         )
     CONSOLE.print(parity_table(model, record))
     if output:

@@ -21,7 +21,7 @@ def export(
     fp16: Annotated[bool, typer.Option("--fp16", help="Also write FP16 forms.")] = False,
     int8: Annotated[bool, typer.Option("--int8", help="Also write INT8 forms (INT8 convolutions, FP16 rest).")] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="Images or .npz that INT8 is calibrated on; implies nothing by itself.")
+        Path | None, typer.Option(help="Images or .npz that INT8 is calibrated on; bundled training images by default.")
     ] = None,
     plugins: Annotated[bool, typer.Option("--plugins", help="Also write forms with plugin nodes.")] = False,
     target: Annotated[str | None, typer.Option(help="Deployment target; see `edgeattn list targets`.")] = None,
@@ -33,6 +33,7 @@ def export(
     extra_size: Annotated[
         list[str] | None, typer.Option(help="Further HEIGHTxWIDTH at which dynamic forms are judged; repeatable.")
     ] = None,
+    threads: Annotated[int, typer.Option(min=1, help="Threads for judging; large networks gain from more.")] = 1,
 ) -> None:
     """Export a trained checkpoint, judge every ONNX form against the PyTorch original, and write the evidence.
 
@@ -52,6 +53,7 @@ def export(
         images=images,
         sample_count=samples,
         extra_sizes=tuple(parse_size(text) for text in extra_size or ()),
+        threads=threads,
     )
     with progress_bars() as progress:
         run = ExportRun(request, output, progress)

@@ -38,6 +38,7 @@ def compare_files(
     images: Path | None = None,
     sample_count: int = 200,
     output: Path | None = None,
+    threads: int = 1,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge ONNX files against the PyTorch original with the same weights.
@@ -49,6 +50,7 @@ def compare_files(
         images: folder of images to judge on; the model's held-out samples when None.
         sample_count: how many samples to judge on, at most.
         output: folder for `parity.json` and `report.html`; nothing is written when None.
+        threads: threads that run the original and the forms.
         progress: told about the samples done.
 
     Returns:
@@ -67,7 +69,7 @@ def compare_files(
         if progress:
             progress("compare", done, len(samples))
 
-    parity = compare_forms(spec, original, forms, samples, progress=move)
+    parity = compare_forms(spec, original, forms, samples, progress=move, threads=threads)
     if output:
         facts = {
             "model": spec.name,

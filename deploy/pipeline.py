@@ -49,6 +49,7 @@ class ExportRequest:
         images: folder of images to judge parity on; the model's held-out samples when None.
         sample_count: how many samples or images to judge on, at most.
         extra_sizes: further (height, width) at which dynamic forms are judged.
+        threads: threads that run the original and the forms; small networks gain nothing from more than one.
     """
 
     model: str
@@ -64,6 +65,15 @@ class ExportRequest:
     images: Path | None = None
     sample_count: int = 200
     extra_sizes: tuple[tuple[int, int], ...] = ()
+    threads: int = 1
+
+
+def _refuse_idle_options(request: ExportRequest) -> None:
+    """Raise where an option would have no effect, rather than ignore it."""
+    if request.calibration is not None and not request.int8:
+        raise UserError(f"calibration data is given ({request.calibration}), but no INT8 form. Add --int8 or drop it.")
+    if request.extra_sizes and not request.dynamic:
+        raise UserError("extra sizes are given, but a static graph takes one size only. Add --dynamic or drop them.")
 
 
 class ExportRun:
@@ -79,6 +89,7 @@ class ExportRun:
     """
 
     def __init__(self, request: ExportRequest, output: Path, progress: Progress | None = None) -> None:
+        _refuse_idle_options(request)
         self.request = request
         self.spec = MODELS.get(request.model)
         self.target: Target | None = TARGETS.get(request.target) if request.target else None
@@ -147,13 +158,21 @@ class ExportRun:
 
     def _compare(self, forms: Sequence[Form]) -> Parity:
         original = load_original(self.spec, self.checkpoint)
-        total = len(self.samples)
+        total, threads = len(self.samples), self.request.threads
+        self.progress("compare", 0, total)
         parity = compare_forms(
-            self.spec, original, forms, self.samples, progress=lambda done: self.progress("compare", done, total)
+            self.spec,
+            original,
+            forms,
+            self.samples,
+            progress=lambda done: self.progress("compare", done, total),
+            threads=threads,
         )
         if not self.request.extra_sizes:
             return parity
-        sizes = compare_sizes(self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2))
+        sizes = compare_sizes(
+            self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2), threads=threads
+        )
         return dataclasses.replace(parity, sizes=sizes)
 
     def _export(self) -> Path:

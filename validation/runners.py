@@ -257,13 +257,17 @@ def accepts(runner: BaseRunner, arrays: Mapping[str, np.ndarray]) -> bool:
     )
 
 
+LATENCY_SECONDS = 2.0
+"""After this much timing no further run of a form is begun."""
+
+
 @dataclass(frozen=True)
 class Latency:
     """CPU latency; no proxy for a GPU.
 
     Attributes:
         median_ms: median of the runs, milliseconds.
-        runs: number of timed runs, after two that were not.
+        runs: number of timed runs, after one that was not.
         threads: threads within an operation.
     """
 
@@ -273,15 +277,17 @@ class Latency:
 
 
 def measure_latency(run: Callable[[], object], *, runs: int, threads: int) -> Latency:
-    """Time a call, after two warm-up calls; `threads` is only recorded."""
-    for _ in range(2):
-        run()
-    times = []
-    for _ in range(runs):
+    """Time a call up to `runs` times after one that is not counted; `threads` is only recorded.
+
+    A call that takes seconds is timed fewer times, at least once: its spread is small beside its length.
+    """
+    run()
+    times: list[float] = []
+    while not times or (len(times) < runs and sum(times) < LATENCY_SECONDS):
         start = time.perf_counter()
         run()
         times.append(time.perf_counter() - start)
-    return Latency(statistics.median(times) * 1e3, runs, threads)
+    return Latency(statistics.median(times) * 1e3, len(times), threads)
 
 
 def native_latency(path: str | Path, feed: Mapping[str, np.ndarray], *, runs: int, threads: int) -> Latency:
@@ -290,7 +296,7 @@ def native_latency(path: str | Path, feed: Mapping[str, np.ndarray], *, runs: in
     Args:
         path: the ONNX file.
         feed: inputs by name, in any floating-point type.
-        runs: number of timed runs.
+        runs: number of timed runs at most.
         threads: ONNX Runtime's threads within an operation.
     """
     session = _session(str(path), threads=threads)

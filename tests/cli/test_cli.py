@@ -147,6 +147,13 @@ def test_images_that_cannot_be_used(run: Run, tmp_path: Path) -> None:
     fails(run("export", weights, "--model", "ccnet-r101", "-o", tmp_path / "o"), "Missing")
 
 
+def test_options_without_effect_are_refused(run: Run, tmp_path: Path) -> None:
+    export = ("export", "bundled", "--model", "ccnet-digits", "-o", tmp_path / "o")
+    fails(run(*export, "--calibration", tmp_path), "--int8")
+    fails(run(*export, "--extra-size", "96x96"), "--dynamic")
+    assert not (tmp_path / "o").exists()
+
+
 def test_opset_out_of_range(run: Run, tmp_path: Path) -> None:
     arguments = ("--opset", 23, "--samples", 1, "-o", tmp_path / "o")
     fails(run("export", "bundled", "--model", "ccnet-digits", *arguments), "opset 23", "18 to 22")
