@@ -61,6 +61,9 @@ def export(
     if run.directory.skipped:
         CONSOLE.print(f"unchanged, not repeated: {', '.join(run.directory.skipped)}", style="dim")
     CONSOLE.print(parity_table(model, record))
+    for stage, notes in run.notes.items():
+        for note in notes:
+            CONSOLE.print(f"note on {stage}: {note}", highlight=False)
     CONSOLE.print(f"report: {output / 'report.html'}")
     print_failures(model, record)
     if record["verdict"] != "PASS":

@@ -15,7 +15,7 @@ import torch
 
 from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples
-from edgeattn.export.fp16 import to_fp16
+from edgeattn.export.fp16 import Fp16Result, to_fp16
 from edgeattn.export.int8 import to_int8
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.run_directory import RunDirectory
@@ -113,17 +113,23 @@ class ExportRun:
         forms = self.make_forms()
         return self.judge(forms)
 
+    @property
+    def notes(self) -> dict[str, list[str]]:
+        """What a user should read about the forms, by stage, such as constants that FP16 cannot hold."""
+        stages: dict[str, Any] = self.directory.manifest["stages"]  # type: ignore[assignment]
+        return {name: stage["facts"]["notes"] for name, stage in stages.items() if stage["facts"].get("notes")}
+
     def make_forms(self) -> list[Form]:
         """Write the ONNX files and return the forms among them that the user asked for."""
         plugin_forms = {"fp32": self._export()}
         if self.request.fp16:
-            plugin_forms["fp16"] = self._convert("fp16", plugin_forms["fp32"], lambda model: to_fp16(model).model, {})
+            plugin_forms["fp16"] = self._convert("fp16", plugin_forms["fp32"], to_fp16, {})
         if self.calibration is not None:
             samples = self.calibration
             plugin_forms["int8"] = self._convert(
                 "int8",
                 plugin_forms["fp32"],
-                lambda model: to_fp16(to_int8(model, samples, progress=self._calibrated)).model,
+                lambda model: to_fp16(to_int8(model, samples, progress=self._calibrated)),
                 {"calibration": samples.fingerprint},
             )
         forms = []
@@ -210,32 +216,43 @@ class ExportRun:
         self,
         precision: str,
         source: Path,
-        convert: Callable[[onnx.ModelProto], onnx.ModelProto],
+        convert: Callable[[onnx.ModelProto], Fp16Result],
         settings: Mapping[str, object],
     ) -> Path:
         path = self._plugin_path(precision)
 
-        def work() -> None:
+        def work() -> dict[str, object]:
             self.progress(precision, 0, 1)
-            save_model(convert(onnx.load(source)), path)
+            result = convert(onnx.load(source))
+            save_model(result.model, path)
             self.progress(precision, 1, 1)
+            return {"notes": list(result.notes), "fp32_nodes": dict(result.fp32_nodes)}
 
         return self._stage(precision, work, settings, [source], path)
 
     def _inline(self, precision: str, source: Path) -> Path:
         path = self.directory.path / f"model{_suffix(precision)}.onnx"
-        return self._stage(
-            f"inline-{precision}", lambda: save_model(inline_plugins(onnx.load(source)), path), {}, [source], path
-        )
+
+        def work() -> None:
+            save_model(inline_plugins(onnx.load(source)), path)
+
+        return self._stage(f"inline-{precision}", work, {}, [source], path)
 
     def _strip(self, precision: str, source: Path) -> Path:
         path = self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
-        return self._stage(
-            f"strip-{precision}", lambda: save_model(strip_bodies(onnx.load(source)), path), {}, [source], path
-        )
+
+        def work() -> None:
+            save_model(strip_bodies(onnx.load(source)), path)
+
+        return self._stage(f"strip-{precision}", work, {}, [source], path)
 
     def _stage(
-        self, name: str, work: Callable[[], object], settings: Mapping[str, object], inputs: list[Path], output: Path
+        self,
+        name: str,
+        work: Callable[[], Mapping[str, object] | None],
+        settings: Mapping[str, object],
+        inputs: list[Path],
+        output: Path,
     ) -> Path:
         relative = output.relative_to(self.directory.path).as_posix()
         return self.directory.stage(name, work, settings=settings, inputs=inputs, outputs=[relative])[0]

@@ -61,7 +61,7 @@ class RunDirectory:
     def stage(
         self,
         name: str,
-        work: Callable[[], object],
+        work: Callable[[], Mapping[str, object] | None],
         *,
         settings: Mapping[str, object],
         inputs: Sequence[Path],
@@ -71,7 +71,7 @@ class RunDirectory:
 
         Args:
             name: unique name of the stage.
-            work: writes the output files into the folder.
+            work: writes the output files into the folder; what it returns is recorded as the stage's facts.
             settings: everything else the result depends on, as JSON values.
             inputs: files or folders that the stage reads.
             outputs: names, relative to the folder, of the files that the stage writes.
@@ -90,11 +90,12 @@ class RunDirectory:
             self.skipped.append(name)
             return paths
         stages.pop(name, None)
-        work()
+        facts = work() or {}
         stages[name] = {
             "key": key,
             "settings": {**settings},
             "inputs": hashes,
+            "facts": {**facts},
             "outputs": {output: sha256_of(path) for output, path in zip(outputs, paths, strict=True)},
         }
         self._write()

@@ -17,9 +17,10 @@ class Doubler:
     def __init__(self, folder: Path, source: Path) -> None:
         self.folder, self.source, self.calls = folder, source, 0
 
-    def __call__(self) -> None:
+    def __call__(self) -> dict[str, object]:
         self.calls += 1
         write_text(self.folder / "result", str(2 * int(self.source.read_text())))
+        return {"doubled": True}
 
     def run(self, **settings: object) -> int:
         directory = RunDirectory(self.folder)
@@ -67,6 +68,7 @@ def test_manifest_records_what_was_done(doubler: Doubler) -> None:
     manifest = json.loads((doubler.folder / "manifest.json").read_text())
     stage = manifest["stages"]["double"]
     assert stage["settings"] == {"a": 1}
+    assert stage["facts"] == {"doubled": True}
     assert set(stage["outputs"]) == {"result"}
     assert set(stage["inputs"]) == {"source"}
     assert "torch" in manifest["versions"]
