@@ -117,7 +117,8 @@ class ExportRun:
     def notes(self) -> dict[str, list[str]]:
         """What a user should read about the forms, by stage, such as constants that FP16 cannot hold."""
         stages: dict[str, Any] = self.directory.manifest["stages"]  # type: ignore[assignment]
-        return {name: stage["facts"]["notes"] for name, stage in stages.items() if stage["facts"].get("notes")}
+        facts = {name: stage.get("facts", {}) for name, stage in stages.items()}
+        return {name: known["notes"] for name, known in facts.items() if known.get("notes")}
 
     def make_forms(self) -> list[Form]:
         """Write the ONNX files and return the forms among them that the user asked for."""
