@@ -19,7 +19,6 @@ FLOORS = {
     "deploy": 4,
     "cli": 5,
 }
-# The exporter writes the operations that the plugins declare, and its blocks' cores name them; both are floor 1.
 
 
 def imported_folders(path: Path) -> set[str]:
