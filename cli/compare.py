@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgeattn.cli.console import CONSOLE, parity_table, print_failures, progress_bars
+from edgeattn.cli.console import conclude, progress_bars
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.files import compare_files
 
@@ -38,9 +38,4 @@ def compare(
             threads=threads,
             progress=progress,
         )
-    CONSOLE.print(parity_table(model, record))
-    if output:
-        CONSOLE.print(f"report: {output / 'report.html'}")
-    print_failures(model, record)
-    if record["verdict"] != "PASS":
-        raise typer.Exit(1)
+    conclude({model: record}, {model: output} if output else {})

@@ -6,8 +6,10 @@ import contextlib
 import math
 import re
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
+import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -90,3 +92,22 @@ def print_failures(name: str, record: Mapping[str, Any]) -> None:
         for reason in check["reasons"]:
             height, width = check["size"]
             ERRORS.print(f"[bold red]FAIL[/] {name}, {check['form']} at {height}x{width}: {reason}")
+
+
+def conclude(records: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
+    """Print table, report path and failures of each comparison.
+
+    Args:
+        records: contents of `parity.json` by name.
+        folders: where the reports are, by the same names; none for comparisons that wrote none.
+
+    Raises:
+        typer.Exit: with status 1, when one of them failed.
+    """
+    for name, record in records.items():
+        CONSOLE.print(parity_table(name, record))
+        if name in folders:
+            CONSOLE.print(f"report: {folders[name] / 'report.html'}")
+        print_failures(name, record)
+    if any(record["verdict"] != "PASS" for record in records.values()):
+        raise typer.Exit(1)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgeattn.cli.console import CONSOLE, parity_table, print_failures, progress_bars
+from edgeattn.cli.console import conclude, progress_bars
 from edgeattn.deploy.demo import DEMO_REQUESTS
 from edgeattn.deploy.pipeline import ExportRun
 
@@ -24,9 +24,4 @@ def demo(
     for name, make_request in DEMO_REQUESTS.items():
         with progress_bars(f"{name}: ") as progress:
             results[name] = ExportRun(make_request(samples), output / name, progress).run()
-    for name, record in results.items():
-        CONSOLE.print(parity_table(name, record))
-        CONSOLE.print(f"report: {output / name / 'report.html'}")
-        print_failures(name, record)
-    if any(record["verdict"] != "PASS" for record in results.values()):
-        raise typer.Exit(1)
+    conclude(results, {name: output / name for name in results})

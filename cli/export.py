@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from edgeattn.cli.console import CONSOLE, parity_table, parse_size, print_failures, progress_bars
+from edgeattn.cli.console import CONSOLE, conclude, parse_size, progress_bars
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import ExportRequest, ExportRun
 
@@ -60,11 +60,7 @@ def export(
         record = run.run()
     if run.directory.skipped:
         CONSOLE.print(f"unchanged, not repeated: {', '.join(run.directory.skipped)}", style="dim")
-    CONSOLE.print(parity_table(model, record))
     for stage, notes in run.notes.items():
         for note in notes:
             CONSOLE.print(f"note on {stage}: {note}", highlight=False)
-    CONSOLE.print(f"report: {output / 'report.html'}")
-    print_failures(model, record)
-    if record["verdict"] != "PASS":
-        raise typer.Exit(1)
+    conclude({model: record}, {model: output})

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+import onnx
 
 from edgeattn.deploy.evidence import EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.deploy.pipeline import Progress, save_model
@@ -19,13 +21,9 @@ from edgeattn.validation.parity import Form, compare_forms
 from edgeattn.validation.runners import facts_of, load_form
 
 
-def form_of(path: Path) -> Form:
-    """Describe an ONNX file as a form: its precision and plugin nodes are read from the graph.
-
-    Raises:
-        UserError: the file is missing or no ONNX model.
-    """
-    facts = facts_of(load_form(path), path)
+def form_of(path: Path, model: onnx.ModelProto) -> Form:
+    """Describe a loaded ONNX file as a form: its precision and plugin nodes are read from the graph."""
+    facts = facts_of(model, path)
     precision = "int8" if facts.qdq else "fp16" if facts.fp16 else "fp32"
     return Form(path.name, path, precision, plugin=bool(facts.plugin_nodes))
 
@@ -62,8 +60,13 @@ def compare_files(
     spec = MODELS.get(model)
     path = checkpoint_path(spec, checkpoint)
     original = load_original(spec, path)
-    forms = [form_of(file) for file in files]
-    samples = EvaluationSamples(spec, images, _fixed_size(files) or spec.size, sample_count)
+    forms: list[Form] = []
+    sizes: dict[Path, tuple[int, int] | None] = {}
+    for file in files:
+        loaded = load_form(file)
+        forms.append(form_of(file, loaded))
+        sizes[file] = _fixed_size(loaded)
+    samples = EvaluationSamples(spec, images, _common_size(sizes) or spec.size, sample_count)
 
     def move(done: int) -> None:
         if progress:
@@ -81,21 +84,25 @@ def compare_files(
     return parity.as_dict()
 
 
-def _fixed_size(files: Sequence[Path]) -> tuple[int, int] | None:
-    """Return the (height, width) that the files' inputs are fixed to, or None when all leave it open.
+def _common_size(sizes: Mapping[Path, tuple[int, int] | None]) -> tuple[int, int] | None:
+    """Return the (height, width) that files are fixed to, or None when all leave it open.
 
     Raises:
         UserError: files of different sizes, which cannot be judged on the same images.
     """
-    sizes: dict[tuple[int, int], Path] = {}
-    for file in files:
-        for shape in input_shapes(load_form(file)).values():
-            if len(shape) == 4 and shape[2] is not None and shape[3] is not None:
-                sizes.setdefault((shape[2], shape[3]), file)
-    if len(sizes) > 1:
-        given = ", ".join(f"{file} takes {size[0]}x{size[1]}" for size, file in sizes.items())
+    fixed = {size: file for file, size in sizes.items() if size is not None}
+    if len(fixed) > 1:
+        given = ", ".join(f"{file} takes {size[0]}x{size[1]}" for size, file in fixed.items())
         raise UserError(f"the files are of different input sizes: {given}. Compare them one at a time.")
-    return next(iter(sizes), None)
+    return next(iter(fixed), None)
+
+
+def _fixed_size(model: onnx.ModelProto) -> tuple[int, int] | None:
+    """Return the (height, width) of a model's image inputs, or None when it is open."""
+    for shape in input_shapes(model).values():
+        if len(shape) == 4 and shape[2] is not None and shape[3] is not None:
+            return shape[2], shape[3]
+    return None
 
 
 def rewrite_file(model: Path, output: Path, *, strip: bool = False, seed: int = 0) -> RewriteResult:

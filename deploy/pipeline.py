@@ -30,6 +30,9 @@ from edgeattn.validation.parity import Form, Parity, compare_forms, compare_size
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and the steps in all."""
 
+CALIBRATION_COUNT = 64
+"""Bundled images that INT8 is calibrated on."""
+
 
 @dataclass(frozen=True)
 class ExportRequest:
@@ -136,7 +139,7 @@ class ExportRun:
         forms = []
         for precision, path in plugin_forms.items():
             plain = self._inline(precision, path)
-            forms.append(Form(f"{precision}", plain, precision, plugin=False))
+            forms.append(Form(precision, plain, precision, plugin=False))
             if self.request.plugins:
                 forms.append(Form(f"{precision} plugin", path, precision, plugin=True))
                 if self.target and not self.target.takes_function_bodies:
@@ -304,10 +307,6 @@ class ExportRun:
 
     def _calibrated(self, batches: int) -> None:
         self.progress("calibrate", batches, self.calibration.count if self.calibration else batches)
-
-
-CALIBRATION_COUNT = 64
-"""Bundled images that INT8 is calibrated on."""
 
 
 def save_model(model: onnx.ModelProto, path: Path) -> Path:

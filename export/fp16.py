@@ -11,6 +11,7 @@ import onnx_ir as ir
 from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgeattn.export.fp16_policy import TYPELESS_OPS, Fp16Plan, plan_fp16
+from edgeattn.export.metadata import metadata_of
 from edgeattn.export.names import claim_name
 from edgeattn.export.node_selection import selected_names, with_node_names
 from edgeattn.export.opsets import IR_VERSION, standard_opset
@@ -75,7 +76,7 @@ def to_fp16(model: onnx.ModelProto, *, keep_fp32: Collection[str] = (), keep_io:
     if has_half(types):
         raise UserError("the ONNX model already has FP16 or BF16 tensors. Give the FP32 form of the model.")
     chosen = selected_names(
-        ((node.name, {entry.key: entry.value for entry in node.metadata_props}) for node in named.graph.node),
+        ((node.name, metadata_of(node)) for node in named.graph.node),
         keep_fp32,
         "keep_fp32",
     )

@@ -7,7 +7,6 @@ that the editing did not touch is taken from the source model, proto by proto.
 
 from __future__ import annotations
 
-import ast
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from graphlib import TopologicalSorter
 from heapq import heapify, heappop, heappush
@@ -20,33 +19,15 @@ from onnx import numpy_helper
 from onnx_graphsurgeon.exporters.onnx_exporter import OnnxExporter
 from onnx_graphsurgeon.importers.onnx_importer import OnnxImporter
 
-from edgeattn.export.names import fresh_name
+from edgeattn.export.metadata import NAME_SCOPES, metadata_of, module_scopes, parsed_list
+from edgeattn.export.names import unique_node_names
 from edgeattn.export.opsets import IR_VERSION
-
-NAME_SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key of the torch module paths from the root inwards, a list literal that ends in the torch node's name:
-`['', 'head', 'head.cca', 'softmax_1']`."""
 
 CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
 """Metadata key of the classes along the module path, a list literal of the same length."""
 
 NAMESPACE = "namespace"
 """Metadata key that holds both, as `scope: class` pairs joined by slashes."""
-
-
-def unique_node_names(graph: onnx.GraphProto) -> list[str]:
-    """Return a unique, non-empty name for each node, equal to the node's own name wherever that is unique already."""
-    taken = {node.name for node in graph.node if node.name}
-    names: list[str] = []
-    seen: set[str] = set()
-    for index, node in enumerate(graph.node):
-        name = node.name or f"{node.op_type}_{index}"
-        if name in seen or (not node.name and name in taken):
-            name = fresh_name(name, taken)
-        taken.add(name)
-        seen.add(name)
-        names.append(name)
-    return names
 
 
 def import_graph(model: onnx.ModelProto) -> gs.Graph:
@@ -267,33 +248,20 @@ def _inherit(node: onnx.NodeProto, ancestors: Sequence[onnx.NodeProto]) -> None:
     The module path is the deepest module that all of them belong to, with the new node as its leaf; what has no
     common part (torch node, stack trace) comes from the last of them.
     """
-    last = _metadata(ancestors[-1])
+    last = metadata_of(ancestors[-1])
     if len(ancestors) > 1:
-        every = [_metadata(item) for item in ancestors]
+        every = [metadata_of(item) for item in ancestors]
         operator = f"{node.domain or 'onnx'}.{node.op_type}"
         leaves = {NAME_SCOPES: node.name, CLASS_HIERARCHY: operator}
         for key, leaf in leaves.items():
             if key in last:
-                parents = [_parsed(item.get(key, "[]"))[:-1] for item in every]
+                parents = [parsed_list(item.get(key, "[]"))[:-1] for item in every]
                 last[key] = repr([*_common(parents), leaf])
         if NAMESPACE in last:
             parents = [item.get(NAMESPACE, "").split("/")[:-1] for item in every]
             last[NAMESPACE] = "/".join([*_common(parents), f"{node.name}: {operator}"])
     for key, value in last.items():
         node.metadata_props.add(key=key, value=value)
-
-
-def _metadata(node: onnx.NodeProto) -> dict[str, str]:
-    return {entry.key: entry.value for entry in node.metadata_props}
-
-
-def _parsed(literal: str) -> list[str]:
-    """Read a list literal that torch's exporter wrote; anything else counts as no path."""
-    try:
-        value = ast.literal_eval(literal)
-    except (SyntaxError, ValueError):
-        return []
-    return [str(item) for item in value] if isinstance(value, list) else []
 
 
 def _common(paths: Sequence[Sequence[str]]) -> list[str]:
@@ -303,7 +271,7 @@ def _common(paths: Sequence[Sequence[str]]) -> list[str]:
 
 def module_path(*nodes: onnx.NodeProto) -> str:
     """Return the dotted path of the innermost torch module that all the nodes belong to, `""` where they do not say."""
-    paths = [_parsed(_metadata(node).get(NAME_SCOPES, "[]"))[:-1] for node in nodes]
+    paths = [module_scopes(metadata_of(node)) for node in nodes]
     return next(iter(reversed(_common(paths))), "")
 
 

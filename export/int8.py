@@ -14,6 +14,7 @@ from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, Q
 from edgeattn.export.attention_islands import attention_maps, softmax_islands
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples, input_shapes
 from edgeattn.export.conformance import UNSUPPORTED_OPS, check_qdq
+from edgeattn.export.metadata import metadata_of
 from edgeattn.export.node_selection import selected_names, with_node_names
 from edgeattn.export.opsets import IR_VERSION, standard_opset
 from edgeattn.export.precision_types import check_types, element_types, has_half
@@ -65,7 +66,7 @@ def to_int8(
     _require_plain_fp32(named)
     if not isinstance(samples, CalibrationSamples):
         samples = calibration_samples(samples, inputs=input_shapes(named))
-    metadata = {node.name: {entry.key: entry.value for entry in node.metadata_props} for node in named.graph.node}
+    metadata = {node.name: metadata_of(node) for node in named.graph.node}
     excluded = selected_names(metadata.items(), exclude, "exclude")
     graph = ir.from_proto(named).graph
     maps = attention_maps(graph)

@@ -2,26 +2,14 @@
 
 from __future__ import annotations
 
-import ast
 import difflib
 from collections.abc import Collection, Iterable, Mapping
 
 import onnx
 
-from edgeattn.export.names import claim_name
+from edgeattn.export.metadata import module_scopes
+from edgeattn.export.names import unique_node_names
 from edgeattn.foundation import UserError
-
-SCOPES = "pkg.torch.onnx.name_scopes"
-"""Metadata key under which torch's exporter keeps the module path of a node, as a printed Python list."""
-
-
-def _scopes(metadata: Mapping[str, str]) -> list[str]:
-    """Return the module paths from the root inwards; the list's last entry names the operation, not a module."""
-    try:
-        scopes = ast.literal_eval(metadata.get(SCOPES, "[]"))
-    except (ValueError, SyntaxError):
-        return []
-    return [str(scope) for scope in scopes[:-1]] if isinstance(scopes, list) else []
 
 
 def selected_names(
@@ -43,7 +31,7 @@ def selected_names(
     chosen: set[str] = set()
     unmatched, known = set(selectors), set()
     for name, metadata in nodes:
-        paths = {scope for scope in _scopes(metadata) if scope}
+        paths = {scope for scope in module_scopes(metadata) if scope}
         known |= {name, *paths}
         hits = {entry for entry in selectors if entry and (entry == name or _covers(entry, paths))}
         unmatched -= hits
@@ -65,7 +53,6 @@ def with_node_names(model: onnx.ModelProto) -> onnx.ModelProto:
     """Return a copy in which every node of the main graph has a unique name; names that are unique already stay."""
     copy = onnx.ModelProto()
     copy.CopyFrom(model)
-    taken: set[str] = set()
-    for node in copy.graph.node:
-        node.name = claim_name(node.name or f"node_{node.output[0]}", taken)
+    for node, name in zip(copy.graph.node, unique_node_names(model.graph), strict=True):
+        node.name = name
     return copy

@@ -9,7 +9,7 @@ import platform
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
-from edgeattn.foundation import UserError, __version__, sha256_of, write_text
+from edgeattn.foundation import UserError, __version__, remove_leftovers, sha256_of, write_text
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -43,8 +43,7 @@ class RunDirectory:
         if self.path.exists() and not self.path.is_dir():
             raise UserError(f"the output {self.path} is a file. Give a folder with -o.")
         self._manifest = self._read()
-        for leftover in self.path.glob("**/.*.tmp*"):  # of a run that was killed while writing
-            leftover.unlink()
+        remove_leftovers(self.path)
         self.skipped: list[str] = []
         self._write()  # an unwritable folder shows before any work is done
 
@@ -90,6 +89,8 @@ class RunDirectory:
             self.skipped.append(name)
             return paths
         stages.pop(name, None)
+        for folder in {path.parent for path in paths}:
+            remove_leftovers(folder)
         facts = work() or {}
         stages[name] = {
             "key": key,

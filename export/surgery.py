@@ -12,8 +12,8 @@ import onnx_ir as ir
 from onnx_ir.passes import common as ir_passes
 from onnxscript import optimizer
 
-from edgeattn.export.graph import constant_value, export_graph, import_graph, unique_node_names
-from edgeattn.export.names import fresh_name
+from edgeattn.export.graph import constant_value, export_graph, import_graph
+from edgeattn.export.names import fresh_name, unique_node_names
 from edgeattn.export.opsets import IR_VERSION, standard_opset
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN, PLUGIN_VERSION, PLUGINS, PluginSpec, spec_of

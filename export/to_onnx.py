@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import nn
 
+from edgeattn.export.metadata import NAME_SCOPES
 from edgeattn.export.opaque import hide_cores, translation_table
 from edgeattn.export.opsets import DEFAULT_OPSET, IR_VERSION
 from edgeattn.export.surgery import attach_plugins, fold_conv_batchnorm
@@ -140,6 +141,6 @@ def _drop_wrapper_scope(model: onnx.ModelProto) -> onnx.ModelProto:
     """Remove the output selector's "model." from the module paths, so that they are the user's own."""
     for node in model.graph.node:
         for entry in node.metadata_props:
-            if entry.key == "pkg.torch.onnx.name_scopes":
+            if entry.key == NAME_SCOPES:
                 entry.value = entry.value.replace("'model.", "'").replace("'model'", "''").replace("'', '', ", "'', ")
     return model

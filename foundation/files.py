@@ -11,6 +11,15 @@ from pathlib import Path
 
 from edgeattn.foundation.errors import UserError
 
+_LEFTOVER = ".edgeattn-tmp-"
+"""How the names of temporary files begin."""
+
+
+def remove_leftovers(folder: Path) -> None:
+    """Remove from one folder the temporary files of runs that were killed while writing."""
+    for leftover in folder.glob(f"{_LEFTOVER}*"):
+        leftover.unlink()
+
 
 @contextlib.contextmanager
 def atomic_path(path: str | Path) -> Iterator[Path]:
@@ -28,7 +37,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     final = Path(path)
     try:
         final.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(prefix=f".{final.stem}-", suffix=f".tmp{final.suffix}", dir=final.parent)
+        handle, name = tempfile.mkstemp(prefix=f"{_LEFTOVER}{final.stem}-", suffix=final.suffix, dir=final.parent)
     except OSError as error:
         raise UserError(
             f"cannot write to the folder {final.parent}: {error.strerror or error}. Choose a folder you may write to."
@@ -64,22 +73,15 @@ def sha256_of(path: str | Path) -> str:
         UserError: the path does not exist or cannot be read.
     """
     root = Path(path)
+    digest = hashlib.sha256()
     try:
         if root.is_dir():
-            digest = hashlib.sha256()
             for file in sorted(item for item in root.rglob("*") if item.is_file()):
                 digest.update(f"{file.relative_to(root).as_posix()}\0{sha256_of(file)}\n".encode())
             return digest.hexdigest()
         with root.open("rb") as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _hash(root)
+            while piece := stream.read(1 << 20):
+                digest.update(piece)
+        return digest.hexdigest()
     except OSError as error:
         raise UserError(f"cannot read {root}: {error.strerror or error}. Check the path.") from error
-
-
-def _hash(path: Path) -> str:
-    """Hash one file in pieces (Python 3.10 has no `hashlib.file_digest`)."""
-    digest = hashlib.sha256()
-    with path.open("rb") as stream:
-        while piece := stream.read(1 << 20):
-            digest.update(piece)
-    return digest.hexdigest()

@@ -21,6 +21,7 @@ from polygraphy.common import TensorMetadata
 from polygraphy.exception import PolygraphyException
 from torch import nn
 
+from edgeattn.export.emulation import emulate_fp16
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN
 
@@ -192,13 +193,6 @@ def _holds_fp16(model: onnx.ModelProto) -> bool:
     return half in (*declared, *constants, *(tensor.data_type for tensor in graph.initializer))
 
 
-def _emulate(model: onnx.ModelProto) -> onnx.ModelProto:
-    # Imported late: only forms with FP16 tensors need it.
-    from edgeattn.export.emulation import emulate_fp16
-
-    return emulate_fp16(model)
-
-
 def _session(
     source: str | bytes, *, threads: int, entries: Mapping[str, str] | None = None
 ) -> onnxruntime.InferenceSession:
@@ -229,7 +223,7 @@ def onnx_runner(path: str | Path, facts: FormFacts, *, threads: int = 1, name: s
     entries = {"session.disable_quant_qdq": "1"} if facts.qdq else {}
 
     def load() -> onnxruntime.InferenceSession:
-        source = _emulate(load_form(path)).SerializeToString() if facts.fp16 else str(path)
+        source = emulate_fp16(load_form(path)).SerializeToString() if facts.fp16 else str(path)
         return _session(source, threads=threads, entries=entries)
 
     return OnnxrtRunner(load, name=name)

@@ -9,7 +9,8 @@ from dataclasses import dataclass, replace
 import onnx
 import onnx_graphsurgeon as gs
 
-from edgeattn.export.graph import export_graph, import_graph, module_path, unique_node_names
+from edgeattn.export.graph import export_graph, import_graph, module_path
+from edgeattn.export.names import unique_node_names
 from edgeattn.export.rewrite.apply import Editor
 from edgeattn.export.rewrite.candidates import Candidate, build
 from edgeattn.export.rewrite.co_attention import are_opposite, have_same_gate, join_directions, value_fault, with_gate

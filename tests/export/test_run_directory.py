@@ -63,6 +63,15 @@ def test_an_interrupted_stage_runs_again(doubler: Doubler) -> None:
     assert doubler.calls == 2
 
 
+def test_only_our_own_leftovers_are_removed(doubler: Doubler) -> None:
+    doubler.run(a=1)
+    theirs = write_text(doubler.folder / "deep" / ".notes.tmp.txt", "kept")
+    ours = write_text(doubler.folder / ".edgeattn-tmp-result-abc", "half")
+    RunDirectory(doubler.folder)
+    assert theirs.exists()
+    assert not ours.exists()
+
+
 def test_manifest_records_what_was_done(doubler: Doubler) -> None:
     doubler.run(a=1)
     manifest = json.loads((doubler.folder / "manifest.json").read_text())

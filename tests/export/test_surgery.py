@@ -15,14 +15,14 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeattn.export.graph import (
     CLASS_HIERARCHY,
-    NAME_SCOPES,
     NAMESPACE,
     export_graph,
     import_graph,
     module_path,
     stable_sort,
-    unique_node_names,
 )
+from edgeattn.export.metadata import NAME_SCOPES
+from edgeattn.export.names import unique_node_names
 from edgeattn.export.surgery import attach_plugins, fold_conv_batchnorm, inline_plugins, strip_bodies
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import PLUGINS
