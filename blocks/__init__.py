@@ -11,8 +11,10 @@ from edgeattn.blocks.co_attention import (
 )
 from edgeattn.blocks.core import AttentionCore
 from edgeattn.blocks.criss_cross import CrissCrossAttention, CrissCrossCore
+from edgeattn.blocks.pixel_attention import PixelAttentionCore
+from edgeattn.blocks.precision import Fp32Step
 from edgeattn.blocks.rcca import RCCAModule
-from edgeattn.blocks.spec import BLOCKS, BlockSpec
+from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, TensorInput, Variant
 
 __all__ = [
     "ABN",
@@ -26,5 +28,11 @@ __all__ = [
     "CoAttentionOneWayCore",
     "CrissCrossAttention",
     "CrissCrossCore",
+    "Fp32Step",
+    "Overflow",
+    "PixelAttentionCore",
+    "Published",
     "RCCAModule",
+    "TensorInput",
+    "Variant",
 ]

@@ -1,4 +1,8 @@
-"""Activated batch normalisation with the semantics of InPlaceABN."""
+"""Activated batch normalisation with the semantics of InPlaceABN.
+
+Paper: Rota Bulò et al., "In-Place Activated BatchNorm for Memory-Optimized Training of DNNs", CVPR 2018.
+Code: https://github.com/mapillary/inplace_abn.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +11,8 @@ import copy
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from edgeattn.blocks.spec import BLOCKS, BlockSpec, Variant
 
 
 class ABN(nn.BatchNorm2d):
@@ -55,3 +61,20 @@ class ABN(nn.BatchNorm2d):
             plain.weight.copy_(self.weight.abs() + self.eps)
         plain.train(self.training)
         return plain if self.activation == "identity" else nn.Sequential(plain, nn.LeakyReLU(0.01))
+
+
+BLOCKS.add(
+    BlockSpec(
+        name="abn",
+        title="activated batch normalisation",
+        paper="In-Place Activated BatchNorm for Memory-Optimized Training of DNNs, CVPR 2018",
+        year=2018,
+        code="https://github.com/mapillary/inplace_abn",
+        build=ABN,
+        original="edgeattn.validation.originals.abn:ABN",
+        variants=(Variant("official", {"channels": 6}),),
+        largest=lambda arguments, sizes: arguments["channels"] * sizes["batch"] * sizes["height"] * sizes["width"],
+        precision="all of it may run in FP16",
+        int8="part of the convolution before it",
+    )
+)

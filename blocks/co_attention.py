@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.core import AttentionCore
+from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 
 
 def _gate(attended: torch.Tensor, gate: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -190,3 +191,58 @@ class CoAttention(CoAttentionBase):
     def forward_group(self, exemplar: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
         """Attend from a target to N references at once, see `attend_group`."""
         return self.attend_group(exemplar, references)
+
+
+def _largest(arguments: Arguments, sizes: Sizes) -> int:
+    """Return the elements of the larger of the affinity (here: with up to three references) and a feature map."""
+    positions = sizes["height"] * sizes["width"]
+    return 3 * sizes["batch"] * positions * max(positions, arguments["channels"])
+
+
+_PAIR = (
+    TensorInput("exemplar", ("batch", "channels", "height", "width")),
+    TensorInput("query", ("batch", "channels", "height", "width")),
+)
+_GROUP = (_PAIR[0], TensorInput("references", ("batch", 3, "channels", "height", "width")))
+
+
+def _variant(affinity: str, gate: bool, group: bool) -> Variant:
+    """Return the variant of an affinity, with or without gate, for a pair or a group of frames."""
+    released = affinity == "vanilla" and gate and not group
+    arguments = {"affinity": affinity, "gate": gate}
+    return Variant(
+        f"{affinity}{'-gated' if gate else ''}{'-group' if group else ''}",
+        {"channels": 12, **arguments},
+        published=Published(
+            "COSNet, DeepLabv3-ResNet-101, DAVIS-16 473x473",
+            {"channels": 256, **arguments},
+            {"batch": 1, "height": 60, "width": 60},
+        )
+        if released
+        else None,
+        inputs=_GROUP if group else _PAIR,
+        method="forward_group" if group else "forward",
+        overflow=Overflow(120.0, {"batch": 1, "height": 5, "width": 7}) if released else None,
+    )
+
+
+BLOCKS.add(
+    BlockSpec(
+        name="co-attention",
+        title="co-attention",
+        paper="See More, Know More: Unsupervised Video Object Segmentation with Co-Attention Siamese Networks, CVPR 2019",
+        year=2019,
+        code="https://github.com/carrierlxk/COSNet",
+        build=CoAttention,
+        original="edgeattn.validation.originals.co_attention:CoAttention",
+        variants=tuple(
+            _variant(affinity, gate, group)
+            for affinity in AFFINITIES
+            for gate in (True, False)
+            for group in (False, True)
+        ),
+        largest=_largest,
+        precision="the affinity and its softmaxes stay in FP32 (dot products overflow); the sums over values run in FP16",
+        int8="the projection of the target; the attention products stay in FP16",
+    )
+)

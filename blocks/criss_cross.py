@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.core import AttentionCore
+from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 
 LOWEST = -65504.0
 """Energy of a masked position: the lowest finite FP16 number, so no precision meets an infinity."""
@@ -92,3 +93,42 @@ class CrissCrossAttention(nn.Module):
             folded.value_conv.bias.mul_(folded.gamma)
         folded.gamma = None
         return folded
+
+
+CCNET = "CCNet: Criss-Cross Attention for Semantic Segmentation, ICCV 2019"
+CODE = "https://github.com/speedinghzl/CCNet, https://github.com/open-mmlab/mmcv"
+PRECISION = "energies, mask and softmax stay in FP32 (dot products overflow); the sum over values runs in FP16"
+
+
+def largest_of_cross(channels: int, sizes: Sizes) -> int:
+    """Return the elements of the larger of the attention (batch, height, width, height + width) and a feature map."""
+    return sizes["batch"] * sizes["height"] * sizes["width"] * max(sizes["height"] + sizes["width"], channels)
+
+
+BLOCKS.add(
+    BlockSpec(
+        name="criss-cross",
+        title="criss-cross attention",
+        paper=CCNET,
+        year=2019,
+        code=CODE,
+        build=CrissCrossAttention,
+        original="edgeattn.validation.originals.criss_cross:CrissCrossAttention",
+        variants=(
+            Variant(
+                "official",
+                {"in_dim": 16},
+                listings={"ccnet_cca": {"in_dim": 512}},
+                published=Published(
+                    "CCNet, ResNet-101, Cityscapes 769x769", {"in_dim": 512}, {"batch": 1, "height": 97, "width": 97}
+                ),
+                overflow=Overflow(200.0, {"batch": 1, "height": 5, "width": 7}),
+            ),
+            Variant("mmcv", {"in_dim": 16}, key_map={r"gamma\.scale": "gamma"}, listings={"mmcv_cca": {"in_dim": 512}}),
+        ),
+        largest=lambda arguments, sizes: largest_of_cross(arguments["in_dim"], sizes),
+        precision=PRECISION,
+        int8="the three projections; the attention products stay in FP16",
+        inputs=(TensorInput("x", ("batch", "in_dim", "height", "width")),),
+    )
+)

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.abn import ABN
-from edgeattn.blocks.criss_cross import CrissCrossAttention
+from edgeattn.blocks.criss_cross import CCNET, CODE, PRECISION, CrissCrossAttention, largest_of_cross
+from edgeattn.blocks.spec import BLOCKS, BlockSpec, Published, TensorInput, Variant
 
 
 class RCCAModule(nn.Module):
@@ -50,3 +51,36 @@ class RCCAModule(nn.Module):
         for _ in range(self.recurrence):
             attended = self.cca(attended)
         return self.bottleneck(torch.cat([x, self.convb(attended)], dim=1))
+
+
+BLOCKS.add(
+    BlockSpec(
+        name="rcca",
+        title="recurrent criss-cross attention head",
+        paper=CCNET,
+        year=2019,
+        code=CODE,
+        build=RCCAModule,
+        original="edgeattn.validation.originals.rcca:RCCAModule",
+        variants=(
+            Variant(
+                "official",
+                {"in_channels": 64, "out_channels": 16, "num_classes": 5, "recurrence": 2},
+                listings={"ccnet_rcca": {"in_channels": 2048, "out_channels": 512, "num_classes": 19}},
+                published=Published(
+                    "CCNet, ResNet-101, Cityscapes 769x769",
+                    {"in_channels": 2048, "out_channels": 512, "num_classes": 19, "recurrence": 2},
+                    {"batch": 1, "height": 97, "width": 97},
+                ),
+            ),
+        ),
+        largest=lambda arguments, sizes: max(
+            largest_of_cross(arguments["in_channels"] // 4, sizes),
+            (arguments["in_channels"] + arguments["in_channels"] // 4)
+            * (sizes["batch"] * sizes["height"] * sizes["width"]),
+        ),
+        precision=PRECISION,
+        int8="all convolutions; the attention products stay in FP16",
+        inputs=(TensorInput("x", ("batch", "in_channels", "height", "width")),),
+    )
+)

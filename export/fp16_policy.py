@@ -8,9 +8,12 @@ from dataclasses import dataclass, field
 import numpy as np
 import onnx_ir as ir
 
+from edgeattn.blocks import Fp32Step
 from edgeattn.export.attention_islands import ELEMENTWISE_OPS, LAYOUT_OPS, softmax_islands
+from edgeattn.export.metadata import CLASS_HIERARCHY, parsed_list
 from edgeattn.export.precision_types import SCALE_LOSS, allows_half, constant_array, fp16_defect, is_float
 
+_STEP_CLASS = f"{Fp32Step.__module__}.{Fp32Step.__qualname__}"
 _SUM = "sums over many elements may exceed 65504"
 _NORM = "normalises by a sum over many elements"
 _SQUARE = "squares exceed 65504 from 256 on"
@@ -134,6 +137,7 @@ def _rules(graph: ir.Graph, opset: int, chosen: Collection[str]) -> tuple[tuple[
     data = _data_nodes(graph)
     rules: list[tuple[Callable[[ir.Node], bool], str]] = [
         (lambda node: node.name in chosen, "asked for"),
+        (_in_fp32_step, "the block's policy"),
         (lambda node: node in islands, _ENERGY),
         (lambda node: any(attr.type == ir.AttributeType.GRAPH for attr in node.attributes.values()), "control flow"),
         (lambda node: node not in data, "index, mask or constant arithmetic"),
@@ -146,6 +150,11 @@ def _rules(graph: ir.Graph, opset: int, chosen: Collection[str]) -> tuple[tuple[
         (lambda node: not _has_half_form(node, opset), "the operator has no FP16 form"),
     ]
     return tuple(rules)
+
+
+def _in_fp32_step(node: ir.Node) -> bool:
+    """Say whether a node comes from a step that its block marked."""
+    return _STEP_CLASS in parsed_list(node.metadata_props.get(CLASS_HIERARCHY, "[]"))
 
 
 def _is_operator(op_type: str) -> Callable[[ir.Node], bool]:

@@ -11,6 +11,9 @@ NAME_SCOPES = "pkg.torch.onnx.name_scopes"
 """Metadata key of the torch module paths from the root inwards, a list literal that ends in the torch node's name:
 `['', 'head', 'head.cca', 'softmax_1']`."""
 
+CLASS_HIERARCHY = "pkg.torch.onnx.class_hierarchy"
+"""Metadata key of the classes of those modules, a list literal that ends in the torch operation."""
+
 
 def metadata_of(node: onnx.NodeProto) -> dict[str, str]:
     """Return a node's metadata by key."""

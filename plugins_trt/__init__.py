@@ -7,6 +7,7 @@ from edgeattn.plugins_trt.co_attention import (
     CO_ATTENTION_ONE_WAY_GATED,
 )
 from edgeattn.plugins_trt.criss_cross import CRISS_CROSS_ATTENTION
+from edgeattn.plugins_trt.pixel_attention import PIXEL_ATTENTION
 from edgeattn.plugins_trt.registry import PLUGINS, spec_of
 from edgeattn.plugins_trt.spec import DOMAIN, PLUGIN_VERSION, PluginSpec, TensorSpec
 
@@ -17,6 +18,7 @@ __all__ = [
     "CO_ATTENTION_ONE_WAY_GATED",
     "CRISS_CROSS_ATTENTION",
     "DOMAIN",
+    "PIXEL_ATTENTION",
     "PLUGINS",
     "PLUGIN_VERSION",
     "PluginSpec",

@@ -15,7 +15,7 @@ def test_mmcv_state_loads_through_its_key_map() -> None:
     published = {name: value for name, value in block.state_dict().items() if name != "gamma"}
     published["gamma.scale"] = block.state_dict()["gamma"].reshape(())
     other = CrissCrossAttention(16)
-    load_checkpoint(other, published, key_map=BLOCKS.get("criss-cross").key_maps["mmcv"])
+    load_checkpoint(other, published, key_map=BLOCKS.get("criss-cross").variant("mmcv").key_map)
     assert torch.equal(other.gamma, block.gamma)
 
 

@@ -1,0 +1,28 @@
+"""`Fp32Step`: the mark of a step that an FP16 model computes in FP32."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import nn
+
+
+class Fp32Step(nn.Module):
+    """A parameter-free step of a block that stays in FP32 when the rest of the model becomes FP16.
+
+    `edgeattn.export.fp16` finds it by this class in the nodes' metadata. Mark the smallest closed region that needs the
+    range or digits: products that sum over positions, their normalisers, the path in between. Softmax with the energies
+    before it, reductions and norms stay FP32 by themselves and need no mark.
+
+    Args:
+        function: the step; takes and returns tensors.
+    """
+
+    def __init__(self, function: Callable[..., torch.Tensor | tuple[torch.Tensor, ...]]) -> None:
+        super().__init__()
+        self.function = function
+
+    def forward(self, *inputs: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:
+        """Apply the function."""
+        return self.function(*inputs)
