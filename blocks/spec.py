@@ -104,6 +104,8 @@ class Variant:
             where the names are the same.
         listings: published state_dict listings (`tests/data/state_dicts/`) by name, each with the constructor arguments
             that the listed module corresponds to.
+        references: recorded outputs of the public implementation (`tests/data/reference/`) by name, each with the
+            constructor arguments that the recorded module corresponds to.
         published: a published configuration, or None.
         inputs: the inputs, where they differ from the block's.
         sizes: test sizes, where they differ from the block's.
@@ -116,6 +118,7 @@ class Variant:
     arguments: Arguments
     key_map: Mapping[str, str] = field(default_factory=dict)
     listings: Mapping[str, Arguments] = field(default_factory=dict)
+    references: Mapping[str, Arguments] = field(default_factory=dict)
     published: Published | None = None
     inputs: tuple[TensorInput, ...] | None = None
     sizes: tuple[Sizes, ...] | None = None

@@ -6,6 +6,7 @@ import functools
 import importlib
 import json
 import re
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +27,7 @@ from edgeattn.models.checkpoint import CheckpointMismatchError, load_checkpoint
 from edgeattn.validation.randomise import randomise
 
 LISTINGS = Path(__file__).parents[1] / "data" / "state_dicts"
+REFERENCES = LISTINGS.with_name("reference")
 
 # What TensorRT's parser takes (10.3 and later) and the blocks need; anything new deserves a look at its table.
 OPERATORS = {
@@ -151,6 +153,34 @@ def test_wrong_state_is_reported_key_by_key(spec: BlockSpec, variant: Variant) -
     assert len(caught.value.report.missing) == 1
     assert set(caught.value.report.unexpected) == {"surplus.weight"}
     assert next(iter(caught.value.report.missing)) in str(caught.value)
+
+
+def rule(key: str, shape: list[int]) -> torch.Tensor:
+    """Return the value of a published parameter in the recorded references, see `data/reference/provenance.json`."""
+    draw = np.random.RandomState(zlib.crc32(key.encode())).random_sample(shape)  # a frozen stream
+    if key.endswith(("running_var", "gamma")):
+        return torch.from_numpy(np.asarray((0.5 + draw).astype(np.float32)))
+    fan_in = np.prod(shape[1:]) if len(shape) > 1 else 3
+    return torch.from_numpy(np.asarray(((2 * draw - 1) * np.sqrt(3 / fan_in)).astype(np.float32)))
+
+
+@each(having="references")
+def test_public_implementation_computes_the_same(spec: BlockSpec, variant: Variant) -> None:
+    for name, arguments in variant.references.items():
+        keys = json.loads((REFERENCES / f"{name}.json").read_text())["keys"]
+        state = {key: rule(key, shape) for key, shape in keys.items() if not key.endswith("num_batches_tracked")}
+        with np.load(REFERENCES / f"{name}.npz") as file:
+            arrays = {key: torch.from_numpy(file[key]).double() for key in file}
+        assert arrays
+        for module in (spec.build(**arguments), original_of(spec, arguments)):
+            load_checkpoint(module, state, key_map=variant.key_map)
+            module.eval().double()
+            for case in sorted({key.partition(".")[0] for key in arrays}):
+                inputs = tuple(arrays[f"{case}.{entry.name}"] for entry in spec.inputs_of(variant))
+                for index, actual in enumerate(run(variant, module, inputs)):
+                    expected = arrays[f"{case}.output_{index}"]
+                    assert actual.shape == expected.shape
+                    assert relative_l2(actual, expected) <= 1e-10, f"{type(module)}, {case}, output {index}"
 
 
 @functools.lru_cache(maxsize=4)  # tests of one variant follow each other

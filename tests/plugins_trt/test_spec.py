@@ -24,6 +24,8 @@ SIZES = {
     "width_a": 5,
     "height_b": 4,
     "width_b": 2,
+    "queries": 9,
+    "keys": 8,
     "1": 1,
 }
 plugins = pytest.mark.parametrize("spec", list(PLUGINS), ids=lambda spec: spec.name)
