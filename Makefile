@@ -4,7 +4,7 @@ PYTHON ?= python3
 TORCH ?= torch==2.13.0
 BIN := .venv/bin
 
-.PHONY: demo test lint typecheck bench clean
+.PHONY: demo test lint typecheck bench docs clean
 
 demo: .venv/ready
 	$(BIN)/edgeattn demo -o runs/demo
@@ -18,6 +18,10 @@ lint: .venv/ready
 
 typecheck: .venv/ready
 	$(BIN)/mypy
+
+# The pages that are generated from the declarations.
+docs: .venv/ready
+	$(BIN)/python -c "from edgeattn.blocks.catalogue import catalogue; print(catalogue(), end='')" > docs/blocks.md
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/criss_cross_forms.py

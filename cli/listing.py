@@ -8,6 +8,7 @@ import typer
 from rich.table import Column, Table
 
 from edgeattn.blocks import BLOCKS
+from edgeattn.blocks.catalogue import dynamic_axes_of, plugins_of
 from edgeattn.cli.console import CONSOLE
 from edgeattn.foundation import UserError
 from edgeattn.models import MODELS
@@ -21,9 +22,16 @@ def _name(header: str) -> Column:
 
 
 def _blocks() -> Table:
-    table = Table(_name("block"), "paper", "plugin", "in FP16")
+    table = Table(_name("block"), "what it is", show_lines=True)
     for block in BLOCKS:
-        table.add_row(block.name, block.paper, block.plugin or "", block.precision)
+        facts = {
+            "variants": ", ".join(variant.name for variant in block.variants),
+            "dynamic axes": dynamic_axes_of(block),
+            "in FP16": block.precision,
+            "in INT8": block.int8,
+            "plugin": plugins_of(block) or "none",
+        }
+        table.add_row(block.name, "\n".join([block.paper, *(f"{name}: {fact}" for name, fact in facts.items())]))
     return table
 
 

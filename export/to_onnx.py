@@ -41,6 +41,25 @@ def _folded(module: nn.Module) -> nn.Module:
     return fold(module) if fold else module
 
 
+class _Refusals:
+    """Remembers the error with which a block refused its input.
+
+    After an error, torch's exporter traces the model again by a method that sees dynamic sizes as plain integers.
+    """
+
+    def __init__(self) -> None:
+        self.first: UserError | None = None
+
+    @contextlib.contextmanager
+    def raised(self) -> Iterator[None]:
+        """Raise the refusal, also when the exporter went on without it."""
+        try:
+            yield
+        finally:
+            if self.first is not None:
+                raise self.first from None
+
+
 class _Selected(nn.Module):
     """Calls a method of a model and returns chosen outputs, so that the rest is never exported."""
 
@@ -49,9 +68,14 @@ class _Selected(nn.Module):
         self.model = model
         self.method = method
         self.chosen = chosen
+        self.refusals = _Refusals()
 
     def forward(self, *inputs: torch.Tensor) -> tuple[torch.Tensor, ...]:
-        result = getattr(self.model, self.method)(*inputs)
+        try:
+            result = getattr(self.model, self.method)(*inputs)
+        except UserError as error:
+            self.refusals.first = self.refusals.first or error
+            raise
         outputs = result if isinstance(result, (tuple, list)) else (result,)
         return tuple(outputs if self.chosen is None else (outputs[index] for index in self.chosen))
 
@@ -86,7 +110,8 @@ def to_onnx(
         BatchNormalization is folded into its convolution.
 
     Raises:
-        UserError: an opset outside the range, or names that do not match the tensors.
+        UserError: an opset outside the range, names that do not match the tensors, or a dynamic axis that a block's
+            mathematics fixes.
     """
     if opset not in _OPSETS:
         raise UserError(
@@ -102,7 +127,7 @@ def to_onnx(
         produced = wrapped(*example)  # registers the opaque operators
     if len(produced) != len(output_names):
         raise UserError(f"the model gives {len(produced)} outputs, but these names were given: {list(output_names)}.")
-    with _quiet(), torch.no_grad():
+    with _quiet(), wrapped.refusals.raised(), torch.no_grad():
         program = torch.onnx.export(
             wrapped,
             tuple(example),

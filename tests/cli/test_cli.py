@@ -38,7 +38,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> 
 @pytest.mark.parametrize(
     ("what", "expected"),
     [
-        ("blocks", ["criss-cross", "rcca", "co-attention-symmetric-gated-group"]),
+        ("blocks", ["criss-cross", "rcca", "co-attention", "CoAttentionOneWay"]),
         ("models", ["ccnet-r101", "cosnet-digits", "bundled"]),
         ("plugins", ["CrissCrossAttention", "CoAttentionOneWay"]),
         ("targets", ["jetpack-6.2-orin", "10.3"]),

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from edgeattn.blocks import ABN, CrissCrossAttention
+from edgeattn.blocks.fixed_size import require_static
 from edgeattn.export.to_onnx import prepare_for_export, to_onnx
 from edgeattn.foundation import UserError
 from edgeattn.validation.randomise import randomise
@@ -85,3 +86,19 @@ def test_arguments_that_do_not_fit(changes: dict, message: str) -> None:
     arguments = {"input_names": ["a", "b"], "output_names": ["x", "z"], "outputs": [0, 2], **changes}
     with pytest.raises(UserError, match=message):
         to_onnx(TwoInputs().eval(), [example, example], **arguments)
+
+
+class FixedHeight(nn.Module):
+    """Refuses a dynamic height, which the exporter's second way of tracing would not notice."""
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        require_static("the demonstration", "height", x.shape[2], "it is fixed by a weight")
+        return x + x.shape[2]
+
+
+def test_a_refused_dynamic_axis_is_an_error_and_not_a_wrong_graph() -> None:
+    x = torch.randn(2, 3, 5, 6)
+    names = {"input_names": ["x"], "output_names": ["y"]}
+    with pytest.raises(UserError, match="height of the demonstration cannot be dynamic: it is fixed by a weight"):
+        to_onnx(FixedHeight(), [x], **names, dynamic_axes=[{2: "height"}])
+    assert to_onnx(FixedHeight(), [x], **names, dynamic_axes=[{0: "batch", 3: "width"}])
