@@ -1,7 +1,8 @@
 """Criss-cross attention, original.
 
 Paper: Huang et al., "CCNet: Criss-Cross Attention for Semantic Segmentation", ICCV 2019, section 3.2.
-Behaviour: speedinghzl/CCNet, `cc_attention/functions.py`.
+Behaviour: speedinghzl/CCNet, `cc_attention/functions.py`: columns and rows are folded into the batch of 3-D products,
+and an infinite diagonal removes the position itself from its column.
 """
 
 from __future__ import annotations
@@ -28,22 +29,26 @@ class CrissCrossAttention(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend once; x and the result are (B, C, H, W), for any H and W from 1 on."""
-        height, width = x.shape[2:]
-        query = self.query_conv(x).flatten(2)
-        key = self.key_conv(x).flatten(2)
-        value = self.value_conv(x).flatten(2)
-        attended = []
-        for row in range(height):
-            for column in range(width):
-                cross = _cross(row, column, height, width)
-                energy = (query[:, :, row * width + column, None] * key[:, :, cross]).sum(dim=1)  # (B, H + W - 1)
-                attention = torch.softmax(energy, dim=1)
-                attended.append((value[:, :, cross] * attention[:, None, :]).sum(dim=2))  # (B, C)
-        return self.gamma * torch.stack(attended, dim=2).reshape(x.shape) + x
+        batch, channels, height, width = x.shape
+        query, key, value = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        along_column = torch.bmm(_columns(query).transpose(1, 2), _columns(key))  # (B W, H, H)
+        self_mask = torch.diag(x.new_full((height,), float("-inf")))
+        along_column = (along_column + self_mask).reshape(batch, width, height, height).permute(0, 2, 1, 3)
+        along_row = torch.bmm(_rows(query).transpose(1, 2), _rows(key)).reshape(batch, height, width, width)
+        attention = torch.softmax(torch.cat([along_column, along_row], dim=3), dim=3)  # (B, H, W, H + W)
+        to_column = attention[..., :height].permute(0, 2, 1, 3).reshape(batch * width, height, height)
+        to_row = attention[..., height:].reshape(batch * height, width, width)
+        from_column = torch.bmm(_columns(value), to_column.transpose(1, 2)).reshape(batch, width, channels, height)
+        from_row = torch.bmm(_rows(value), to_row.transpose(1, 2)).reshape(batch, height, channels, width)
+        attended = from_column.permute(0, 2, 3, 1) + from_row.permute(0, 2, 1, 3)
+        return self.gamma * attended + x
 
 
-def _cross(row: int, column: int, height: int, width: int) -> list[int]:
-    """Return the flat indices of the column without (row, column) itself, then of the whole row."""
-    vertical = [other * width + column for other in range(height) if other != row]
-    horizontal = [row * width + other for other in range(width)]
-    return vertical + horizontal
+def _columns(maps: torch.Tensor) -> torch.Tensor:
+    """Return every column of maps (B, C, H, W) as an entry of a batch: (B W, C, H)."""
+    return maps.permute(0, 3, 1, 2).flatten(0, 1)
+
+
+def _rows(maps: torch.Tensor) -> torch.Tensor:
+    """Return every row of maps (B, C, H, W) as an entry of a batch: (B H, C, W)."""
+    return maps.permute(0, 2, 1, 3).flatten(0, 1)

@@ -1,0 +1,235 @@
+"""Compact generalised non-local block (CGNL), and the plain non-local block of the same repository.
+
+Paper: Yue et al., "Compact Generalized Non-local Network", NeurIPS 2018 (arXiv 1810.13125).
+Code: https://github.com/KaiyuYue/cgnl-network.pytorch, `model/resnet.py`, SpatialCGNL, SpatialCGNLx, SpatialNL.
+
+With t, p, g one group's channels at all positions, flattened to M elements:
+
+    dot product: attended = (p . g) t
+    Gaussian:    attended = e^-2c  sum_k (2c)^k / k! (p^k . g) t^k    c = 1e-4, k = 0 .. order
+    out = GN(z(attended)) + x
+"""
+
+from __future__ import annotations
+
+import copy
+import functools
+import math
+
+import torch
+from torch import nn
+from torch.nn import functional
+
+from edgeattn.blocks.pixel_attention import PixelAttentionCore
+from edgeattn.blocks.precision import Fp32Step
+from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
+
+GAMMA = 1e-4
+"""The Gaussian kernel's constant c; the published code has no parameter for it."""
+
+_TINY = 1e-30  # keeps the quotient of a group without any attention finite
+
+
+def _dot_product(phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
+    """Return phi . g of flat groups (batch, groups, M), shaped (batch, groups, 1)."""
+    return (phi * g).sum(dim=2, keepdim=True)
+
+
+def _gaussian(
+    theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, *, order: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the attended theta, scaled to the order of 1, and the factor (batch, groups, 1) that was taken out."""
+    root = math.sqrt(2 * GAMMA)
+    theta, phi = root * theta, root * phi
+    weighted, moments = g, [g.sum(dim=2, keepdim=True)]
+    for power in range(1, order + 1):
+        weighted = weighted * phi
+        moments.append(weighted.sum(dim=2, keepdim=True) / math.factorial(power))
+    coefficients = torch.cat(moments, dim=2)
+    factor = coefficients.abs().sum(dim=2, keepdim=True).clamp_min(_TINY)
+    coefficients = coefficients / factor
+    attended = coefficients[:, :, order:]
+    for power in reversed(range(order)):
+        attended = attended * theta + coefficients[:, :, power : power + 1]
+    return attended, factor * math.exp(-2 * GAMMA)
+
+
+def _group_norm(
+    x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float
+) -> torch.Tensor:
+    """Return the group normalisation of x (batch, channels, height, width) times factor (batch, groups, 1)."""
+    groups = factor.shape[1]
+    scaled = (factor * x.reshape(x.shape[0], groups, -1)).reshape(x.shape)
+    return functional.group_norm(scaled, groups, weight, bias, eps)
+
+
+class CGNL(nn.Module):
+    """Attention among all positions and channels of a group; one number per group is all that remains of it.
+
+    State names and shapes are the official ones: `t`, `p`, `g` (planes) and `z` (grouped), 1x1 without bias, and `gn`.
+    SpatialCGNL is `order=None`; SpatialCGNLx has an order, 3 in the shipped networks.
+
+    Groups are contiguous channels. The factor p . g of a group may be negative and then inverts its sign. The Gaussian
+    kernel's term k = 0 adds a constant to the group, which `z` turns into one per channel.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of t, p and g.
+        use_scale: divide the factors by the square root of a group's number of elements.
+        groups: number of channel groups; divides both widths.
+        order: Taylor order of the Gaussian kernel, at least 1; None for the dot product.
+
+    Raises:
+        ValueError: groups that do not divide the channels, or an order below 1.
+    """
+
+    def __init__(
+        self, inplanes: int, planes: int, use_scale: bool = False, groups: int = 8, order: int | None = None
+    ) -> None:
+        super().__init__()
+        if groups < 1 or inplanes % groups or planes % groups:
+            raise ValueError(f"groups of CGNL is {groups}. Give a divisor of inplanes={inplanes} and planes={planes}.")
+        if order is not None and order < 1:
+            raise ValueError(f"order of CGNL is {order}. Give 1 or more, or None for the dot product.")
+        self.use_scale = use_scale
+        self.t = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.p = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.g = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.z = nn.Conv2d(planes, inplanes, kernel_size=1, groups=groups, bias=False)
+        self.gn = nn.GroupNorm(groups, inplanes)
+        self.dot_product = Fp32Step(_dot_product) if order is None else None
+        self.gaussian = None if order is None else Fp32Step(functools.partial(_gaussian, order=order))
+        self.group_norm = Fp32Step(functools.partial(_group_norm, eps=self.gn.eps))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, inplanes, height, width) to the same shape, for any height and width."""
+        groups = (x.shape[0], self.gn.num_groups, -1)
+        theta, phi, g = self.t(x), self.p(x).reshape(groups), self.g(x).reshape(groups)
+        if self.gaussian is None:
+            assert self.dot_product is not None
+            attended, factor = theta, self.dot_product(phi, g)
+        else:
+            flat, factor = self.gaussian(theta.reshape(groups), phi, g)
+            attended = flat.reshape(theta.shape)
+        if self.use_scale:
+            factor = factor / phi.shape[2] ** 0.5
+        # The factor may be far beyond FP16; behind z it meets FP32 only, and the convolution is linear.
+        out: torch.Tensor = self.group_norm(self.z(attended), factor, self.gn.weight, self.gn.bias) + x
+        return out
+
+
+class SpatialNL(nn.Module):
+    """The repository's embedded Gaussian non-local block: softmax over positions, no biases, batch normalisation.
+
+    State names and shapes are the official ones: `t`, `p`, `g` (planes) and `z` (inplanes), 1x1 without bias, `bn`.
+
+    Args:
+        inplanes: channels of the input.
+        planes: channels of t, p and g.
+        use_scale: divide the energies by sqrt(planes); True in the shipped networks.
+    """
+
+    def __init__(self, inplanes: int, planes: int, use_scale: bool = False) -> None:
+        super().__init__()
+        self.scale = planes**-0.5 if use_scale else 1.0
+        self.t = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.p = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.g = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
+        self.core = PixelAttentionCore()
+        self.z = nn.Conv2d(planes, inplanes, kernel_size=1, bias=False)
+        self.bn = nn.BatchNorm2d(inplanes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, inplanes, height, width) to the same shape, for any height and width."""
+        query = self.t(x) if self.scale == 1.0 else self.scale * self.t(x)
+        attended = self.core(query.flatten(2), self.p(x).flatten(2), self.g(x).flatten(2))
+        out: torch.Tensor = self.bn(self.z(attended.reshape(*attended.shape[:2], *x.shape[2:]))) + x
+        return out
+
+    def prepare_for_export(self) -> SpatialNL:
+        """Return a copy whose query projection carries the scale."""
+        folded = copy.deepcopy(self)
+        with torch.no_grad():
+            folded.t.weight.mul_(self.scale)
+        folded.scale = 1.0
+        return folded
+
+
+PAPER = "Compact Generalized Non-local Network, NeurIPS 2018"
+CODE = "https://github.com/KaiyuYue/cgnl-network.pytorch"
+_INPUT = TensorInput("x", ("batch", "inplanes", "height", "width"))
+_WIDTHS = {"inplanes": 1024, "planes": 512}
+_CUB = {"batch": 1, "height": 28, "width": 28}
+
+
+def _map(arguments: Arguments, sizes: Sizes) -> int:
+    """Return the elements of the input."""
+    return int(sizes["batch"] * sizes["height"] * sizes["width"] * max(arguments["inplanes"], arguments["planes"]))
+
+
+BLOCKS.add(
+    BlockSpec(
+        name="cgnl",
+        title="compact generalised non-local block",
+        paper=PAPER,
+        year=2018,
+        code=CODE,
+        build=CGNL,
+        original="edgeattn.validation.originals.cgnl:CGNL",
+        variants=(
+            Variant(
+                "dot",
+                {"inplanes": 12, "planes": 6, "groups": 3},
+                listings={"cgnl_dot": _WIDTHS},
+                references={"cgnl_dot": {"inplanes": 12, "planes": 6, "groups": 3}},
+                published=Published("ResNet-50, CUB-200 448x448", _WIDTHS, _CUB),
+                overflow=Overflow(60.0, {"batch": 1, "height": 14, "width": 14}),
+            ),
+            Variant(
+                "dot-scaled",
+                {"inplanes": 8, "planes": 4, "use_scale": True, "groups": 1},
+                listings={"cgnl_dot_scale": {**_WIDTHS, "use_scale": True, "groups": 1}},
+                references={"cgnl_dot_scale": {"inplanes": 8, "planes": 4, "use_scale": True, "groups": 1}},
+            ),
+            Variant(
+                "gaussian",
+                {"inplanes": 12, "planes": 6, "groups": 3, "order": 3},
+                listings={"cgnl_rbf": {**_WIDTHS, "order": 3}},
+                references={"cgnl_rbf": {"inplanes": 12, "planes": 6, "groups": 3, "order": 3}},
+                published=Published("ResNet-50, CUB-200 448x448", {**_WIDTHS, "order": 3}, _CUB),
+            ),
+        ),
+        largest=_map,
+        precision="the sums p . g over all positions and channels of a group (50 thousand products at the published "
+        "size), the Gaussian's powers, whose coefficients reach from 1e-12 on, and the group normalisation",
+        int8="the projections t, p, g and z; sums and normalisation stay in floating point",
+        inputs=(_INPUT,),
+    )
+)
+BLOCKS.add(
+    BlockSpec(
+        name="cgnl-non-local",
+        title="non-local block of the CGNL repository",
+        paper=PAPER,
+        year=2018,
+        code=CODE,
+        build=SpatialNL,
+        original="edgeattn.validation.originals.cgnl:SpatialNL",
+        variants=(
+            Variant(
+                "official",
+                {"inplanes": 8, "planes": 4, "use_scale": True},
+                listings={"cgnl_nl": {**_WIDTHS, "use_scale": True}},
+                references={"cgnl_nl": {"inplanes": 8, "planes": 4, "use_scale": True}},
+                published=Published("ResNet-50, CUB-200 448x448", {**_WIDTHS, "use_scale": True}, _CUB),
+                overflow=Overflow(500.0, {"batch": 1, "height": 5, "width": 7}),
+            ),
+        ),
+        largest=lambda arguments, sizes: max(
+            _map(arguments, sizes), sizes["batch"] * (sizes["height"] * sizes["width"]) ** 2
+        ),
+        precision="energies and softmax stay in FP32 (dot products overflow); the sum over values runs in FP16",
+        int8="the projections t, p, g and z; the attention products stay in FP16",
+        inputs=(_INPUT,),
+    )
+)
