@@ -11,7 +11,6 @@ https://github.com/Junjun2016/APCNet, `apc_head.py`, the same as mmseg's `models
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 
 import torch
@@ -21,10 +20,23 @@ from edgeattn.blocks.pooling import pyramid_pool
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Published, Sizes, TensorInput, Variant
 
 
-def _conv_norm_relu(in_channels: int, out_channels: int, kernel_size: int = 1) -> nn.Sequential:
-    """Return `conv` (no bias, size kept), `bn` and ReLU."""
-    conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
-    return nn.Sequential(OrderedDict(conv=conv, bn=nn.BatchNorm2d(out_channels), relu=nn.ReLU()))
+class _ConvNormReLU(nn.Module):
+    """Convolution `conv` without bias that keeps the size, batch normalisation `bn`, ReLU.
+
+    Args:
+        in_channels: input channels.
+        out_channels: output channels.
+        kernel_size: odd side of the convolution.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, kernel_size: int = 1) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size, padding=kernel_size // 2, bias=False)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
+        return torch.relu(self.bn(self.conv(x)))
 
 
 class ACM(nn.Module):
@@ -51,12 +63,12 @@ class ACM(nn.Module):
         if pool_scale < 1:
             raise ValueError(f"ACM needs pool_scale >= 1, got {pool_scale}; published networks have 1, 2, 3 and 6")
         self.pool_scale = pool_scale
-        self.pooled_redu_conv = _conv_norm_relu(in_channels, channels)
-        self.input_redu_conv = _conv_norm_relu(in_channels, channels)
-        self.global_info = _conv_norm_relu(channels, channels)
+        self.pooled_redu_conv = _ConvNormReLU(in_channels, channels)
+        self.input_redu_conv = _ConvNormReLU(in_channels, channels)
+        self.global_info = _ConvNormReLU(channels, channels)
         self.gla = nn.Conv2d(channels, pool_scale**2, kernel_size=1)
-        self.residual_conv = _conv_norm_relu(channels, channels)
-        self.fusion_conv = _conv_norm_relu(channels, channels) if fusion else None
+        self.residual_conv = _ConvNormReLU(channels, channels)
+        self.fusion_conv = _ConvNormReLU(channels, channels) if fusion else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, in_channels, height, width) to (batch, channels, height, width)."""
@@ -78,7 +90,7 @@ class ACM(nn.Module):
         affinity = torch.sigmoid(self.gla(reduced) + shift)
         regions = self.residual_conv.conv(self.pooled_redu_conv(cells.unsqueeze(3)))
         context = torch.matmul(regions.flatten(2), affinity.flatten(2)).unflatten(2, x.shape[2:])
-        context = torch.relu(self.residual_conv.relu(self.residual_conv.bn(context)) + reduced)
+        context = torch.relu(torch.relu(self.residual_conv.bn(context)) + reduced)
         return context if self.fusion_conv is None else self.fusion_conv(context)
 
 
@@ -112,7 +124,7 @@ class APCHead(nn.Module):
             raise ValueError("APCHead needs at least one scale in pool_scales; published networks have (1, 2, 3, 6)")
         self.pool_scales = tuple(pool_scales)
         self.acm_modules = nn.ModuleList(ACM(in_channels, channels, scale, fusion) for scale in pool_scales)
-        self.bottleneck = _conv_norm_relu(in_channels + len(self.pool_scales) * channels, channels, kernel_size=3)
+        self.bottleneck = _ConvNormReLU(in_channels + len(self.pool_scales) * channels, channels, kernel_size=3)
         self.conv_seg = nn.Conv2d(channels, num_classes, kernel_size=1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
@@ -136,8 +148,8 @@ def _largest(scales: Sequence[int], joined: int, arguments: Arguments, sizes: Si
 _PAPER = "Adaptive Pyramid Context Network for Semantic Segmentation, CVPR 2019"
 _CODE = "https://github.com/Junjun2016/APCNet, https://github.com/open-mmlab/mmsegmentation"
 _PRECISION = (
-    "the global mean stays in FP32 (a sum over all positions); a position sums at most 36 regions with weights below 1, "
-    "which FP16 holds"
+    "the global mean stays in FP32 (a sum over all positions); a position sums 36 regions at most, with weights below "
+    "1, which FP16 holds"
 )
 _INPUT = (TensorInput("x", ("batch", "in_channels", "height", "width")),)
 _CITYSCAPES = {"batch": 1, "height": 64, "width": 128}
@@ -167,9 +179,7 @@ BLOCKS.add(
                 },
             ),
         ),
-        largest=lambda arguments, sizes: _largest(
-            (arguments["pool_scale"],), arguments["channels"], arguments, sizes
-        ),
+        largest=lambda arguments, sizes: _largest((arguments["pool_scale"],), arguments["channels"], arguments, sizes),
         precision=_PRECISION,
         int8="all convolutions but gla, whose few outputs are the logits of the affinities; products stay in FP16",
         int8_exclude=("gla",),

@@ -13,7 +13,7 @@ from __future__ import annotations
 import copy
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import nn
@@ -120,7 +120,7 @@ class PyramidAttention(nn.Module):
         folded = copy.deepcopy(self)
         if folded.scale is None:
             return folded
-        norm = folded.f_query[1][0]
+        norm = cast("nn.Sequential", folded.f_query[1])[0]
         with torch.no_grad():  # a shared projection carries its half of the scale on either side
             for parameter in (norm.weight, norm.bias):
                 parameter.mul_(folded.scale**0.5 if folded.shared else folded.scale)
@@ -153,18 +153,20 @@ class _AsymmetricNonLocal(nn.Module):
         folded = copy.deepcopy(self)
         if folded.merged:
             return folded
-        conv = folded.conv_bn_dropout[0]
-        projections = [stage.W for stage in folded.stages]
+        conv = cast("nn.Conv2d", folded.conv_bn_dropout[0])
+        stages = [cast("PyramidAttention", stage) for stage in folded.stages]
+        projections = [cast("nn.Conv2d", stage.W) for stage in stages]
         with torch.no_grad():
             context, high = conv.weight.flatten(1).tensor_split([projections[0].out_channels], dim=1)
             weight = torch.cat([*(context @ projection.weight.flatten(1) for projection in projections), high], dim=1)
-            bias = context @ sum(projection.bias for projection in projections)
-            merged = nn.Conv2d(weight.shape[1], weight.shape[0], kernel_size=1).to(weight)
-            merged.weight.copy_(weight[:, :, None, None])
-            merged.bias.copy_(bias if conv.bias is None else bias + conv.bias)  # type: ignore[union-attr]
+            biases = torch.stack([cast("nn.Parameter", projection.bias) for projection in projections])
+            bias = context @ biases.sum(dim=0)
+            merged = nn.Conv2d(weight.shape[1], weight.shape[0], kernel_size=1)
+            merged.weight = nn.Parameter(weight[:, :, None, None])
+            merged.bias = nn.Parameter(bias if conv.bias is None else bias + conv.bias)
         folded.conv_bn_dropout[0] = merged
-        for stage in folded.stages:
-            stage.W = None  # type: ignore[assignment]
+        for stage in stages:
+            stage.W = None
         folded.merged = True
         return folded
 

@@ -27,40 +27,44 @@ from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Publish
 GAMMA = 1e-4
 """The Gaussian kernel's constant c; the published code has no parameter for it."""
 
-_TINY = 1e-30  # keeps the quotient of a group without any attention finite
+
+def _dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, *, scale: float) -> torch.Tensor:
+    """Return (phi . g) theta of flat groups (batch, groups, M)."""
+    return theta * (scale * (phi * g).sum(dim=2, keepdim=True))
 
 
-def _dot_product(phi: torch.Tensor, g: torch.Tensor) -> torch.Tensor:
-    """Return phi . g of flat groups (batch, groups, M), shaped (batch, groups, 1)."""
-    return (phi * g).sum(dim=2, keepdim=True)
+def _gaussian(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, *, scale: float, order: int) -> torch.Tensor:
+    """Return the Taylor polynomial of flat groups (batch, groups, M) in theta, by Horner's rule."""
+    weighted, coefficients = g, []
+    for power in range(order + 1):
+        weighted = weighted * phi if power else weighted
+        alpha = math.exp(-2 * GAMMA) * (2 * GAMMA) ** power / math.factorial(power)
+        coefficients.append(alpha * scale * weighted.sum(dim=2, keepdim=True))
+    attended = coefficients[order]
+    for coefficient in reversed(coefficients[:order]):
+        attended = attended * theta + coefficient
+    return attended
 
 
-def _gaussian(
-    theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, *, order: int
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the attended theta, scaled to the order of 1, and the factor (batch, groups, 1) that was taken out."""
-    root = math.sqrt(2 * GAMMA)
-    theta, phi = root * theta, root * phi
-    weighted, moments = g, [g.sum(dim=2, keepdim=True)]
-    for power in range(1, order + 1):
-        weighted = weighted * phi
-        moments.append(weighted.sum(dim=2, keepdim=True) / math.factorial(power))
-    coefficients = torch.cat(moments, dim=2)
-    factor = coefficients.abs().sum(dim=2, keepdim=True).clamp_min(_TINY)
-    coefficients = coefficients / factor
-    attended = coefficients[:, :, order:]
-    for power in reversed(range(order)):
-        attended = attended * theta + coefficients[:, :, power : power + 1]
-    return attended, factor * math.exp(-2 * GAMMA)
-
-
-def _group_norm(
-    x: torch.Tensor, factor: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, *, eps: float
+def _attend(
+    theta: torch.Tensor,
+    phi: torch.Tensor,
+    g: torch.Tensor,
+    z: torch.Tensor,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    *,
+    groups: int,
+    order: int | None,
+    use_scale: bool,
+    eps: float,
 ) -> torch.Tensor:
-    """Return the group normalisation of x (batch, channels, height, width) times factor (batch, groups, 1)."""
-    groups = factor.shape[1]
-    scaled = (factor * x.reshape(x.shape[0], groups, -1)).reshape(x.shape)
-    return functional.group_norm(scaled, groups, weight, bias, eps)
+    """Return what the block adds to its input: GN(z(attended)) of projections (batch, planes, height, width)."""
+    flat = [tensor.reshape(theta.shape[0], groups, -1) for tensor in (theta, phi, g)]
+    scale = flat[0].shape[2] ** -0.5 if use_scale else 1.0
+    attended = _dot_product(*flat, scale=scale) if order is None else _gaussian(*flat, scale=scale, order=order)
+    extended = functional.conv2d(attended.reshape(theta.shape), z, groups=groups)
+    return functional.group_norm(extended, groups, weight, bias, eps)
 
 
 class CGNL(nn.Module):
@@ -91,30 +95,19 @@ class CGNL(nn.Module):
             raise ValueError(f"groups of CGNL is {groups}. Give a divisor of inplanes={inplanes} and planes={planes}.")
         if order is not None and order < 1:
             raise ValueError(f"order of CGNL is {order}. Give 1 or more, or None for the dot product.")
-        self.use_scale = use_scale
         self.t = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
         self.p = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
         self.g = nn.Conv2d(inplanes, planes, kernel_size=1, bias=False)
         self.z = nn.Conv2d(planes, inplanes, kernel_size=1, groups=groups, bias=False)
         self.gn = nn.GroupNorm(groups, inplanes)
-        self.dot_product = Fp32Step(_dot_product) if order is None else None
-        self.gaussian = None if order is None else Fp32Step(functools.partial(_gaussian, order=order))
-        self.group_norm = Fp32Step(functools.partial(_group_norm, eps=self.gn.eps))
+        self.attend = Fp32Step(
+            functools.partial(_attend, groups=groups, order=order, use_scale=use_scale, eps=self.gn.eps)
+        )
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, inplanes, height, width) to the same shape, for any height and width."""
-        groups = (x.shape[0], self.gn.num_groups, -1)
-        theta, phi, g = self.t(x), self.p(x).reshape(groups), self.g(x).reshape(groups)
-        if self.gaussian is None:
-            assert self.dot_product is not None
-            attended, factor = theta, self.dot_product(phi, g)
-        else:
-            flat, factor = self.gaussian(theta.reshape(groups), phi, g)
-            attended = flat.reshape(theta.shape)
-        if self.use_scale:
-            factor = factor / phi.shape[2] ** 0.5
-        # The factor may be far beyond FP16; behind z it meets FP32 only, and the convolution is linear.
-        out: torch.Tensor = self.group_norm(self.z(attended), factor, self.gn.weight, self.gn.bias) + x
+        state = (self.z.weight, self.gn.weight, self.gn.bias)
+        out: torch.Tensor = self.attend(self.t(x), self.p(x), self.g(x), *state) + x
         return out
 
 
@@ -200,9 +193,10 @@ BLOCKS.add(
             ),
         ),
         largest=_map,
-        precision="the sums p . g over all positions and channels of a group (50 thousand products at the published "
-        "size), the Gaussian's powers, whose coefficients reach from 1e-12 on, and the group normalisation",
-        int8="the projections t, p, g and z; sums and normalisation stay in floating point",
+        precision="all behind the projections t, p and g stays in FP32: p . g sums 50 thousand products at the "
+        "published size, the Gaussian's coefficients start at 1e-12, and z has 1 / 25 of the arithmetic",
+        int8="the projections t, p and g; not z, because the factors of the groups may differ by orders of magnitude",
+        int8_exclude=("attend",),
         inputs=(_INPUT,),
     )
 )

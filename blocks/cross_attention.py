@@ -12,8 +12,6 @@ R is never formed: both means are products with an average or a weighted sum of 
 
 from __future__ import annotations
 
-from collections import OrderedDict
-
 import torch
 from torch import nn
 from torch.nn import functional as F
@@ -26,6 +24,25 @@ TEMPERATURE = 0.025
 """Temperature of the softmax over positions."""
 
 _REASON = "the meta learner has one weight per position"
+
+
+class _PositionConv(nn.Module):
+    """1x1 convolution `conv` and batch normalisation `bn` whose channels are the last axis: one tiny product.
+
+    Args:
+        in_channels: input channels.
+        out_channels: output channels.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(in_channels, out_channels, kernel_size=1)
+        self.bn = nn.BatchNorm2d(out_channels)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (batch, m, n, in_channels) to (batch, m, n, out_channels)."""
+        convolved = F.linear(x, self.conv.weight.flatten(1), self.conv.bias)
+        return self.bn(convolved.permute(0, 3, 1, 2)).permute(0, 2, 3, 1)
 
 
 class CAM(nn.Module):
@@ -55,9 +72,7 @@ class CAM(nn.Module):
         self.height = height
         self.width = width
         self.scale_cls = scale_cls
-        self.conv1 = nn.Sequential(
-            OrderedDict(conv=nn.Conv2d(positions, hidden, kernel_size=1), bn=nn.BatchNorm2d(hidden))
-        )
+        self.conv1 = _PositionConv(positions, hidden)
         self.conv2 = nn.Conv2d(hidden, positions, kernel_size=1)
 
     def forward(self, prototypes: torch.Tensor, queries: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -94,7 +109,9 @@ class CAM(nn.Module):
         Raises:
             UserError: the maps have another size than the module, or a dynamic one.
         """
-        weights_p, weights_q = (weights / (self.height * self.width) for weights in self._attention(prototypes, queries))
+        weights_p, weights_q = (
+            weights / (self.height * self.width) for weights in self._attention(prototypes, queries)
+        )
         mean_p = torch.matmul(weights_p, prototypes.flatten(3).transpose(2, 3)).transpose(1, 2)
         mean_q = torch.matmul(weights_q, queries.flatten(3).transpose(2, 3))
         cosine = (F.normalize(mean_p, dim=3) * F.normalize(mean_q, dim=3)).sum(dim=3)
@@ -128,10 +145,7 @@ class CAM(nn.Module):
             (batch, n, m, positions), between 1 and 2.
         """
         guide = torch.matmul(own.mean(dim=3).unsqueeze(1), other)  # (batch, m, n, positions of other)
-        conv, norm = self.conv1
-        hidden = F.linear(guide, conv.weight.flatten(1), conv.bias).permute(0, 3, 1, 2)
-        hidden = torch.relu(norm(hidden)).permute(0, 2, 3, 1)
-        importance = F.linear(hidden, self.conv2.weight.flatten(1), self.conv2.bias)
+        importance = F.linear(torch.relu(self.conv1(guide)), self.conv2.weight.flatten(1), self.conv2.bias)
         summary = torch.matmul(importance, other.transpose(2, 3)).transpose(1, 2)  # (batch, n, m, channels)
         energy = torch.matmul(summary, own) / (other.shape[3] * TEMPERATURE)
         return energy.softmax(dim=3) + 1
@@ -168,12 +182,12 @@ BLOCKS.add(
                 fixed=_FIXED,
                 overflow=Overflow(6000.0, _SIZES[0] | {"batch": 1, "channels": 256}, state={r"conv2": 10.0}),
             ),
-            Variant(
-                "scores", {}, references={"can_scores": {}}, published=_PUBLISHED, fixed=_FIXED, method="scores"
-            ),
+            Variant("scores", {}, references={"can_scores": {}}, published=_PUBLISHED, fixed=_FIXED, method="scores"),
         ),
         largest=lambda _, sizes: (
-            sizes["batch"] * max(sizes["queries"], sizes["classes"]) * sizes["channels"]
+            sizes["batch"]
+            * max(sizes["queries"], sizes["classes"])
+            * sizes["channels"]
             * max(sizes["classes"], sizes["queries"], sizes["height"] * sizes["width"])
         ),
         precision=(

@@ -240,6 +240,7 @@ BLOCKS.add(
             Variant(
                 "official",
                 {"channels": 8, "group": 4, "dilation": (1, 2, 3, 4)},
+                references={"dgmn_deformatt": {"channels": 8, "group": 4, "dilation": (1, 2, 3, 4)}},
                 published=Published(
                     "Mask R-CNN, ResNet-50-FPN, res5, COCO 800x1333",
                     {"channels": 512, "group": 4},
@@ -247,8 +248,16 @@ BLOCKS.add(
                 ),
                 overflow=Overflow(1.0, {"batch": 1, "height": 2, "width": 2600}),
             ),
-            Variant("deform", {"channels": 4, "group": 2, "dilation": (1, 2, 3, 4), "deform": "deform"}),
-            Variant("none", {"channels": 4, "group": 2, "dilation": (1, 2, 3, 4), "deform": "none"}),
+            Variant(
+                "deform",
+                {"channels": 4, "group": 2, "dilation": (1, 2, 3, 4), "deform": "deform"},
+                references={"dgmn_deform": {"channels": 4, "group": 2, "dilation": (1, 2, 3, 4), "deform": "deform"}},
+            ),
+            Variant(
+                "none",
+                {"channels": 4, "group": 2, "dilation": (1, 2, 3, 4), "deform": "none"},
+                references={"dgmn_none": {"channels": 4, "group": 2, "dilation": (1, 2, 3, 4), "deform": "none"}},
+            ),
         ),
         largest=_largest,
         precision="places (offsets plus positions) and bilinear weights stay in FP32, because FP16 has no half pixels "

@@ -116,7 +116,7 @@ def _largest(arguments: Arguments, sizes: Sizes) -> int:
     return sizes["batch"] * max(c * positions, k * positions, c * k)
 
 
-MMSEG = {"clamp_norms": True, "return_bases": False}
+_MMSEG = {"clamp_norms": True, "return_bases": False}
 
 BLOCKS.add(
     BlockSpec(
@@ -132,6 +132,7 @@ BLOCKS.add(
                 "official",
                 {"c": 12, "k": 4},
                 listings={"emanet_emau": {"c": 512, "k": 64, "stage_num": 3}},
+                references={"emanet_emau": {"c": 8, "k": 4}},
                 published=Published(
                     "EMANet-101, PASCAL VOC 513x513", {"c": 512, "k": 64}, {"batch": 1, "height": 65, "width": 65}
                 ),
@@ -141,7 +142,7 @@ BLOCKS.add(
             ),
             Variant(
                 "mmseg",
-                {"c": 12, "k": 4, "stage_num": 2, **MMSEG},
+                {"c": 12, "k": 4, "stage_num": 2, **_MMSEG},
                 key_map={
                     r"^(decode_head\.)?ema_module\.bases": "mu",
                     r"^(decode_head\.)?ema_mid_conv\.conv": "conv1",
@@ -149,6 +150,7 @@ BLOCKS.add(
                     r"^(decode_head\.)?ema_out_conv\.bn": "conv2.1",
                     r"^.*(backbone|auxiliary_head|ema_in_conv|bottleneck|conv_cat|conv_seg)\..*$": "",
                 },
+                references={"mmseg_ema": {"c": 8, "k": 4, "stage_num": 2, **_MMSEG}},
             ),
         ),
         largest=_largest,

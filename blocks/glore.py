@@ -100,9 +100,9 @@ def _reproject(x: torch.Tensor, per_node: torch.Tensor, projection: torch.Tensor
 class FoldedGloReUnit(nn.Module):
     """A trained GloRe unit for export: out = x + (W R) P + b with W = BN . conv_extend . gcn.conv2 and b from the BN.
 
-    Exact, because nothing non-linear stands behind the ReLU. The map of 2 m states per position is never made: the
-    channels are extended on the nodes, not on the positions. The identity is part of A, and the positions lie on one
-    axis of a 2-D convolution, whatever their number of axes.
+    Exact, because nothing non-linear stands behind the ReLU. The map of 2 m states per position is never made again:
+    the channels are extended on the nodes, not on the positions. The identity is part of A, and one convolution
+    computes S and P.
 
     Args:
         unit: the trained unit; not modified.
@@ -115,12 +115,11 @@ class FoldedGloReUnit(nn.Module):
 
     def __init__(self, unit: GloReUnit) -> None:
         super().__init__()
-        self.conv_state = _flat_convolution(unit.conv_state)
-        self.conv_proj = _flat_convolution(unit.conv_proj)
         state = {name: value.double() for name, value in unit.state_dict().items()}
         gain = state["blocker.weight"] / (state["blocker.running_var"] + unit.blocker.eps).sqrt()
         related = state["conv_extend.weight"].flatten(1) @ state["gcn.conv2.weight"].flatten(1)
         mixing = state["gcn.conv1.weight"].flatten(1)
+        kind = unit.blocker.weight.dtype
         folded = {
             "adjacency": (mixing + torch.eye(len(mixing)).to(mixing)).t().contiguous(),
             "node_bias": state["gcn.conv1.bias"],
@@ -128,27 +127,22 @@ class FoldedGloReUnit(nn.Module):
             "shift": (state["blocker.bias"] - state["blocker.running_mean"] * gain)[:, None],
         }
         for name, value in folded.items():
-            self.register_buffer(name, value.to(unit.blocker.weight.dtype))
+            self.register_buffer(name, value.to(kind))
+        self.states = unit.conv_state.out_channels
+        self.project = type(unit.conv_state)(unit.conv_state.in_channels, 3 * len(mixing), 1)
+        for name, parameter in self.project.named_parameters():
+            both = torch.cat([state[f"conv_state.{name}"], state[f"conv_proj.{name}"]])
+            parameter.data = both.to(kind)
         self.reason = Fp32Step(functools.partial(_reason, normalize=unit.normalize))
         self.reproject = _reproject if unit.normalize else Fp32Step(_reproject)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, num_in, *positions) to the same shape."""
-        line = x.flatten(2)[:, :, None]
-        state = self.conv_state(line).flatten(2)
-        projection = self.conv_proj(line).flatten(2)
+        projected = self.project(x).flatten(2)
+        state, projection = projected[:, : self.states], projected[:, self.states :]
         per_node = self.reason(state, projection, self.adjacency, self.node_bias, self.extend)
         out: torch.Tensor = self.reproject(x, per_node, projection, self.shift)
         return out
-
-
-def _flat_convolution(convolution: nn.Conv1d | nn.Conv2d | nn.Conv3d) -> nn.Conv2d:
-    """Return a 1x1 convolution of any number of axes as a 2-D one."""
-    flat = nn.Conv2d(convolution.in_channels, convolution.out_channels, 1)
-    flat.weight = nn.Parameter(convolution.weight.detach().flatten(1)[:, :, None, None].clone())
-    assert convolution.bias is not None
-    flat.bias = nn.Parameter(convolution.bias.detach().clone())
-    return flat
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
@@ -199,7 +193,7 @@ BLOCKS.add(
         largest=_largest,
         precision="the graph stays in FP32, from the sum over positions to the folded extension behind the ReLU; not "
         "normalised, also the re-projection, which grows with the number of positions and the cube of the input",
-        int8="the two projections; graph and re-projection stay in floating point",
+        int8="the two projections, as one; graph and re-projection stay in floating point",
         inputs=(TensorInput("x", ("batch", "num_in", "frames", "height", "width")),),
     )
 )

@@ -28,7 +28,7 @@ from edgeattn.foundation import UserError
 
 
 class DotProduct(nn.Module):
-    """theta phi^T g / M, associated so that the smaller map arises: positions by positions, or channels by channels.
+    """theta phi^T g / M, associated for the fewest multiplications: the map between is of positions or of channels.
 
     For export the output convolution moves inside as well, (W g phi^T / M) theta + b or (W g)(phi^T theta / M) + b: the
     gathered features, products of three features that may overflow FP16 before the output does, are never formed.
@@ -49,11 +49,14 @@ class DotProduct(nn.Module):
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend; shapes as in `PixelAttentionCore`. Keys are divided by M first: the sums are means in FP16.
 
-        With dynamic sizes, the map of channels is the one that arises.
+        With dynamic sizes, the map is the one of channels.
         """
         inner, queries, keys = query.shape[1], query.shape[2], key.shape[2]
+        wide = inner if self.bias is None else self.bias.shape[0]
         mean_key = (key * (1 / keys)).transpose(1, 2)
-        if isinstance(queries, int) and isinstance(keys, int) and queries * keys < inner * inner:
+        by_positions = keys * inner * wide + queries * keys * (inner + wide)
+        by_channels = inner * inner * (keys + wide) + queries * inner * wide
+        if isinstance(queries, int) and isinstance(keys, int) and by_positions < by_channels:
             result = torch.matmul(self.out(value), torch.matmul(mean_key, query))
         else:
             result = torch.matmul(self.out(torch.matmul(value, mean_key)), query)
@@ -143,7 +146,7 @@ class NonLocal(nn.Module):
         mode: one of `MODES`.
         scale: one of `SCALES`; the other modes have none.
         pool_before: whether the pool comes before phi and g.
-        pool_frames: whether sub-sampling halves the frames too, as in SlowFast's AVA models with 50-50 sampling.
+        pool_frames: whether sub-sampling halves the frames too, as in SlowFast's ResNet-101 for AVA.
         out_bias: whether the output convolution has a bias; mmcv's has none before a normalisation.
 
     Raises:
@@ -332,7 +335,7 @@ _LARGE_PRODUCTS = {r"^theta\.": 30.0, r"^W\.0\.weight": 1 / 300}
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
-    """Return the elements of the larger of the pairwise map and a feature map; see `DotProduct` for its maps."""
+    """Return the elements of the larger of a feature map and the pairwise map, or the dot product's (C x d)."""
     axes = (("length",), ("height", "width"), ("frames", "height", "width"))[arguments.get("dimension", 3) - 1]
     queries = math.prod(sizes[axis] for axis in axes)
     keys = queries
@@ -342,9 +345,7 @@ def _largest(arguments: Arguments, sizes: Sizes) -> int:
             keys *= sizes["frames"] // (2 if arguments.get("pool_frames") else 1)
     channels = arguments["in_channels"]
     inner = arguments.get("inter_channels", max(1, channels // 2))
-    pairs = queries * keys
-    if arguments.get("mode") == "dot_product" and pairs >= inner * inner:
-        pairs = channels * inner
+    pairs = channels * inner if arguments.get("mode") == "dot_product" else queries * keys
     return sizes["batch"] * max(pairs, max(channels, inner) * queries)
 
 

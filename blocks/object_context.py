@@ -23,10 +23,6 @@ from edgeattn.blocks.pixel_attention import PixelAttentionCore
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.foundation import UserError
 
-SLOPE = 0.01
-"""Slope of the leaky ReLU after every normalisation."""
-
-
 class SelfAttentionStage(nn.Module):
     """Context of every position, without a residual.
 
@@ -197,26 +193,23 @@ def _refuse_smaller(x: torch.Tensor, smallest: int, what: str, why: str) -> None
 
 
 class _LinearSum(nn.Module):
-    """Export form of the three modules: leaky ReLU of a sum of projected contexts and projected features.
+    """Export form of `BaseOC` and `PyramidOC`: leaky ReLU of the sum of projected features and contexts.
 
-    Between the contexts and the activation of `conv_bn_dropout`, all is linear, so that each part of the concatenation
-    has its own share of the convolution and no concatenation is stored.
+    Up to its activation, `conv_bn_dropout` is linear, so that each part of its input has its own share of it and no
+    concatenation is stored. ONNX Runtime computes the last term of a sum first: this is the first stage, the attention
+    over the most positions, whose memory the other terms then reuse.
     """
 
-    def __init__(self, stages: Sequence[nn.Module], features: nn.Module | None) -> None:
+    def __init__(self, features: nn.Module | None, stages: Sequence[nn.Module]) -> None:
         super().__init__()
-        self.stages = nn.ModuleList(stages)
         self.features = features
+        self.stages = nn.ModuleList(stages)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map features (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
-        first, *others = self.stages
-        total = first(x)
-        for stage in others:
-            total = total + stage(x)
-        if self.features is not None:
-            total = total + self.features(x)
-        return F.leaky_relu(total, SLOPE)
+        parts = [self.features] if self.features is not None else []
+        first, *others = (part(x) for part in (*parts, *reversed(self.stages)))
+        return F.leaky_relu(sum(others, first), 0.01)
 
 
 class BaseOC(nn.Module):
@@ -281,7 +274,7 @@ class BaseOC(nn.Module):
             bias = torch.zeros_like(bias)
         share = bias / len(self.stages)
         stages = (cast("SelfAttentionStage", stage) for stage in self.stages)
-        return _LinearSum([stage.projected(weight[:, :channels], share) for stage in stages], features)
+        return _LinearSum(features, [stage.projected(weight[:, :channels], share) for stage in stages])
 
 
 class PyramidOC(nn.Module):
@@ -335,14 +328,14 @@ class PyramidOC(nn.Module):
         features = nn.Sequential(
             *copy.deepcopy(self.up_dr), _convolution(weight[:, :wide], bias, self.conv_bn_dropout[0])
         )
-        return _LinearSum(stages, features)
+        return _LinearSum(features, stages)
 
 
 class ASPOC(nn.Module):
     """Object context beside a 1x1 and three dilated 3x3 convolutions, as in ASPP.
 
     State names are the official ones: `context.{0,1,2}` (3x3 convolution, `ABN`, `BaseOC` at scale 2 without
-    concatenation), `conv2` to `conv5`, and `conv_bn_dropout`, which joins the five. Normalisation is `ABN` (leaky 0.01).
+    concatenation), `conv2` to `conv5`, and `conv_bn_dropout`, which joins the five. Normalisation is `ABN`.
 
     Args:
         features: channels of the features.

@@ -243,6 +243,8 @@ def _sizes(*sizes: tuple[int, int, int]) -> tuple[Sizes, ...]:
 
 
 _SMALL = {"in_channels": 16, "mid_channels": 8}
+_RECORDED = {"in_channels": 6, "mid_channels": 4}
+_MMSEG = {"proj_padding": 1, "align_corners": None}
 _ODD = _sizes((2, 5, 7), (1, 9, 3), (3, 3, 11), (3, 1, 5), (1, 1, 1))
 _FIXED = {"height": _COMPACT, "width": _COMPACT}
 _KEYS = {
@@ -268,6 +270,7 @@ BLOCKS.add(
                 "official",
                 {**_SMALL, "mask_h": 9, "mask_w": 11},
                 listings={"psanet_bi": {}},
+                references={"psanet_bi": {**_RECORDED, "mask_h": 5, "mask_w": 7}},
                 published=Published(
                     "PSANet-50 and -101, ADE20K and PASCAL VOC 465x465",
                     {"in_channels": 2048, "mask_h": 59, "mask_w": 59},
@@ -279,6 +282,7 @@ BLOCKS.add(
                 "collect",
                 {**_SMALL, "psa_type": COLLECT, "mask_h": 3, "mask_w": 5},
                 listings={"psanet_collect": {"psa_type": COLLECT}},
+                references={"psanet_collect": {**_RECORDED, "psa_type": COLLECT, "mask_h": 3, "mask_w": 9}},
                 sizes=_ODD,
             ),
             Variant(
@@ -293,12 +297,31 @@ BLOCKS.add(
                     "psa_softmax": False,
                 },
                 listings={"psanet_distribute": {"psa_type": DISTRIBUTE}},
+                references={
+                    "psanet_distribute": {
+                        **_RECORDED,
+                        "psa_type": DISTRIBUTE,
+                        "mask_h": 9,
+                        "mask_w": 3,
+                        "normalization_factor": None,
+                    },
+                    "psanet_sums": {
+                        **_RECORDED,
+                        "psa_type": DISTRIBUTE,
+                        "mask_h": 5,
+                        "mask_w": 3,
+                        "shrink_factor": 1,
+                        "normalization_factor": None,
+                        "psa_softmax": False,
+                    },
+                },
                 overflow=Overflow(200.0, {"batch": 1, "height": 5, "width": 7}),
             ),
             Variant(
                 "compact",
                 {**_SMALL, "compact": True, "mask_h": 3, "mask_w": 4},
                 listings={"psanet_bi_compact": {"compact": True, "mask_h": 30, "mask_w": 30}},
+                references={"psanet_bi_compact": {**_RECORDED, "compact": True, "mask_h": 3, "mask_w": 4}},
                 sizes=_sizes((2, 5, 7), (1, 5, 7), (3, 5, 7)),
                 fixed=_FIXED,
                 overflow=Overflow(300.0, {"batch": 1, "height": 5, "width": 7}, state={r"attention(_p)?\.3": 10000.0}),
@@ -306,13 +329,34 @@ BLOCKS.add(
             Variant(
                 "compact-sums",
                 {**_SMALL, "compact": True, "mask_h": 3, "mask_w": 4, "psa_softmax": False},
+                references={
+                    "psanet_compact_sums": {
+                        **_RECORDED,
+                        "compact": True,
+                        "mask_h": 3,
+                        "mask_w": 4,
+                        "normalization_factor": 2.0,
+                        "psa_softmax": False,
+                    }
+                },
                 sizes=_sizes((2, 5, 7), (1, 5, 7), (3, 5, 7)),
                 fixed=_FIXED,
             ),
             Variant(
                 "mmseg",
-                {**_SMALL, "mask_h": 7, "mask_w": 3, "proj_padding": 1, "align_corners": None},
+                {**_SMALL, **_MMSEG, "mask_h": 7, "mask_w": 3},
                 key_map=_KEYS,
+                references={
+                    "psanet_mmseg": {**_RECORDED, **_MMSEG, "mask_h": 7, "mask_w": 3},
+                    "psanet_mmseg_compact_collect": {
+                        **_RECORDED,
+                        **_MMSEG,
+                        "psa_type": DISTRIBUTE,
+                        "compact": True,
+                        "mask_h": 3,
+                        "mask_w": 4,
+                    },
+                },
                 sizes=_sizes((2, 6, 7), (1, 6, 7), (3, 6, 7)),
                 fixed={"height": _PARITY, "width": _PARITY},
             ),

@@ -19,7 +19,7 @@ from typing import ClassVar
 import torch
 from torch import nn
 
-from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
+from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Published, Sizes, TensorInput, Variant
 from edgeattn.blocks.taps import tap_softmax, taps, weighted_sum
 from edgeattn.foundation import UserError
 
@@ -280,6 +280,7 @@ BLOCKS.add(
                 "official",
                 _SMALL,
                 listings={"san_pairwise": _FIRST_STAGE},
+                references={"san_sam_pairwise": _SMALL},
                 published=Published("SAN10 pairwise, ImageNet 224x224, layer1", _FIRST_STAGE, _MAP),
             ),
             Variant("kernel-7", _SMALL | {"kernel_size": 7}, sizes=_SIZES_7),
@@ -306,6 +307,7 @@ BLOCKS.add(
                 "official",
                 _SMALL,
                 listings={"san_patchwise": _FIRST_STAGE},
+                references={"san_sam_patchwise": _SMALL},
                 published=Published("SAN10 patchwise, ImageNet 224x224, layer1", _FIRST_STAGE, _MAP),
             ),
         ),
@@ -330,6 +332,7 @@ BLOCKS.add(
             Variant(
                 "pairwise",
                 {"form": "pairwise", **_SMALL_UNIT},
+                references={"san_unit_pairwise": {"form": "pairwise", **_SMALL_UNIT}},
                 published=Published(
                     "SAN10 pairwise, ImageNet 224x224, layer1", {"form": "pairwise", **_FIRST_UNIT}, _MAP
                 ),
@@ -337,6 +340,7 @@ BLOCKS.add(
             Variant(
                 "patchwise",
                 {"form": "patchwise", **_SMALL_UNIT},
+                references={"san_unit_patchwise": {"form": "patchwise", **_SMALL_UNIT}},
                 published=Published(
                     "SAN10 patchwise, ImageNet 224x224, layer1", {"form": "patchwise", **_FIRST_UNIT}, _MAP
                 ),

@@ -30,6 +30,21 @@ TEST_SIZES: tuple[Sizes, ...] = (
 """Sizes that a block is tested at unless its declaration says otherwise; exports are traced at the first."""
 
 
+def _mask(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
+    """Return booleans, true (forbidden) for about a quarter of the last axis, never for its first entry."""
+    mask = torch.rand(shape, generator=generator) < 0.25
+    mask[..., 0] = False
+    return mask
+
+
+VALUES: Mapping[str, Callable[[tuple[int, ...], torch.Generator], torch.Tensor]] = {
+    "normal": lambda shape, generator: torch.randn(shape, generator=generator),
+    "fraction": lambda shape, generator: torch.rand(shape, generator=generator),
+    "mask": _mask,
+}
+"""Examples of what inputs hold: activations (normally distributed), numbers from 0 to 1, masks (true is forbidden)."""
+
+
 @dataclass(frozen=True)
 class TensorInput:
     """One input of a block.
@@ -38,10 +53,12 @@ class TensorInput:
         name: field name of the tensor.
         axes: per axis a number, the name of a constructor argument, or the symbol of a size ("batch", "height",
             "width", "frames", "length", ...).
+        values: what the tensor holds, one of `VALUES`.
     """
 
     name: str
     axes: tuple[str | int, ...]
+    values: str = "normal"
 
     def shape(self, arguments: Arguments, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape for constructor arguments and sizes; arguments go first."""
@@ -189,20 +206,21 @@ class BlockSpec:
     def example_inputs(
         self, variant: Variant, sizes: Sizes, *, arguments: Arguments | None = None, seed: int = 0, scale: float = 1.0
     ) -> tuple[torch.Tensor, ...]:
-        """Return normally distributed float32 inputs.
+        """Return example inputs, floating-point ones as float32.
 
         Args:
             variant: a variant of this block.
             sizes: size of every symbolic axis; further symbols are ignored.
             arguments: constructor arguments, where they differ from the variant's.
             seed: equal seeds give equal inputs.
-            scale: standard deviation.
+            scale: standard deviation of the activations.
         """
         given = variant.arguments if arguments is None else arguments
         tensors = []
         for entry in self.inputs_of(variant):
             generator = torch.Generator().manual_seed(seed + zlib.crc32(entry.name.encode()))
-            tensors.append(torch.randn(entry.shape(given, sizes), generator=generator) * scale)
+            values = VALUES[entry.values](entry.shape(given, sizes), generator)
+            tensors.append(values * scale if entry.values == "normal" else values)
         return tuple(tensors)
 
 

@@ -122,12 +122,12 @@ class SharedMapAttention(nn.Module):
     """MerHS's layer: the logits are summed over the channels of all heads, so that all share one map.
 
     State names and shapes are the port's: `weight_query`, `weight_key`, `weight_value` (grouped, no bias), `relative_x`
-    (d // 2, k) for column offsets and `relative_y` (d - d // 2, k) for row offsets, with d = out_channels / groups and
-    shared by the heads; `bias` (1, out_channels, 1, 1).
+    (d / 2, k), the column offset of the first half of each group's channels, `relative_y` (d / 2, k), the row offset of
+    the second half, with d = out_channels / groups; `bias` (1, out_channels, 1, 1). The port fails with an odd d.
 
     Args:
         in_channels: input channels, a multiple of the groups.
-        out_channels: output channels, a multiple of the groups, at least two per group.
+        out_channels: output channels, a multiple of twice the groups.
         kernel_size: window size, odd; the padding is half of it.
         stride: distance between window centres.
         groups: groups of the projections, each with the same relative embeddings.
@@ -147,19 +147,16 @@ class SharedMapAttention(nn.Module):
         bias: bool = True,
     ) -> None:
         super().__init__()
-        _check(kernel_size, 2)
-        if in_channels % groups or out_channels % groups or out_channels < 2 * groups:
-            raise ValueError(
-                f"in_channels ({in_channels}) and out_channels ({out_channels}) must be multiples of groups "
-                f"({groups}), out_channels at least twice it"
-            )
+        _check(kernel_size, out_channels, groups)
+        if in_channels % groups:
+            raise ValueError(f"in_channels ({in_channels}) is not a multiple of groups ({groups}); choose a divisor")
         self.kernel_size = kernel_size
         self.stride = stride
         self.groups = groups
-        width = out_channels // groups
+        half = out_channels // groups // 2
         self.bias = nn.Parameter(torch.zeros(1, out_channels, 1, 1)) if bias else None
-        self.relative_x = nn.Parameter(torch.randn(width // 2, kernel_size))
-        self.relative_y = nn.Parameter(torch.randn(width - width // 2, kernel_size))
+        self.relative_x = nn.Parameter(torch.randn(half, kernel_size))
+        self.relative_y = nn.Parameter(torch.randn(half, kernel_size))
         self.weight_query = nn.Conv2d(
             in_channels, out_channels, kernel_size=1, stride=stride, groups=groups, bias=False
         )
@@ -178,9 +175,9 @@ class SharedMapAttention(nn.Module):
 
     def _relative(self) -> torch.Tensor:
         """Return the embeddings as `_attend` takes them for one head that has all the channels."""
-        first, second = self.relative_x.shape[0], self.relative_y.shape[0]
-        rows = nn.functional.pad(self.relative_y.transpose(0, 1), (first, 0))
-        columns = nn.functional.pad(self.relative_x.transpose(0, 1), (0, second))
+        half = self.relative_x.shape[0]
+        rows = nn.functional.pad(self.relative_y.transpose(0, 1), (half, 0))
+        columns = nn.functional.pad(self.relative_x.transpose(0, 1), (0, half))
         return torch.cat([rows, columns]).repeat(1, self.groups)[None]
 
 
@@ -394,11 +391,14 @@ _PAPER = "Stand-Alone Self-Attention in Vision Models, NeurIPS 2019"
 _INPUT = (TensorInput("x", ("batch", "in_channels", "height", "width")),)
 _PRECISION = "logits with their relative term and the softmax stay in FP32 (dot products overflow); values run in FP16"
 _CHANNELWISE_PRECISION = (
-    "logits, their maximum, exponentials and their sum stay in FP32 (products overflow); weighted values run in FP16, where the "
-    "exponentials' factor 1 / taps keeps their sum in range"
+    "logits, their maximum, exponentials and their sum stay in FP32 (products overflow); weighted values run in FP16, "
+    "where the exponentials' factor 1 / taps keeps their sum in range"
 )
 _INT8 = "the projections; the products of the window stay in FP16"
 _LEADERJ = "https://github.com/leaderj1001/Stand-Alone-Self-Attention"
+_SMALL_STEM = {"in_channels": 3, "out_channels": 8, "kernel_size": 4, "groups": 2, "m": 3}
+_SMALL_SHARED = {"in_channels": 4, "out_channels": 8, "kernel_size": 3, "groups": 2}
+_SMALL_STRIDED = {**_SMALL_SHARED, "stride": 2, "bias": False}
 _OVERFLOW = Overflow(300.0, {"batch": 1, "height": 5, "width": 7})
 
 
@@ -454,8 +454,9 @@ BLOCKS.add(
                 "port",
                 {"in_channels": 6, "out_channels": 8, "kernel_size": 3},
                 listings={"sasa_leaderj": {"in_channels": 64, "out_channels": 64, "kernel_size": 7}},
+                references={"sasa_leaderj_conv": {"in_channels": 6, "out_channels": 8, "kernel_size": 3}},
                 published=_resnet(64),
-                overflow=_OVERFLOW,
+                overflow=Overflow(400.0, {"batch": 1, "height": 5, "width": 7}),
             ),
         ),
         largest=_padded_map,
@@ -476,7 +477,8 @@ BLOCKS.add(
         variants=(
             Variant(
                 "port",
-                {"in_channels": 3, "out_channels": 8, "kernel_size": 4, "groups": 2, "m": 3},
+                _SMALL_STEM,
+                references={"sasa_leaderj_stem": _SMALL_STEM},
                 published=Published(
                     "ResNet-26, CIFAR 32x32, stem",
                     {"in_channels": 3, "out_channels": 64, "kernel_size": 4, "groups": 1, "m": 4},
@@ -503,14 +505,16 @@ BLOCKS.add(
         variants=(
             Variant(
                 "port",
-                {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2},
+                _SMALL_SHARED,
+                references={"sasa_merhs_conv": _SMALL_SHARED},
                 listings={"sasa_merhs": {"in_channels": 64, "out_channels": 64, "kernel_size": 7, "groups": 8}},
                 published=_resnet(64, groups=8),
                 overflow=_OVERFLOW,
             ),
             Variant(
                 "port-strided-without-bias",
-                {"in_channels": 4, "out_channels": 6, "kernel_size": 3, "groups": 2, "stride": 2, "bias": False},
+                _SMALL_STRIDED,
+                references={"sasa_merhs_strided": _SMALL_STRIDED},
             ),
         ),
         largest=lambda arguments, sizes: max(_logits(1, arguments, sizes), _padded_map(arguments, sizes)),

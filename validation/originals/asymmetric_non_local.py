@@ -19,9 +19,7 @@ def _sample(features: torch.Tensor, grids: Sequence[int]) -> torch.Tensor:
 
 
 def _conv_norm_relu(inputs: int, outputs: int, bias: bool) -> nn.Sequential:
-    return nn.Sequential(
-        nn.Conv2d(inputs, outputs, 1, bias=bias), nn.Sequential(nn.BatchNorm2d(outputs), nn.ReLU())
-    )
+    return nn.Sequential(nn.Conv2d(inputs, outputs, 1, bias=bias), nn.Sequential(nn.BatchNorm2d(outputs), nn.ReLU()))
 
 
 class _Stage(nn.Module):

@@ -87,12 +87,12 @@ class NonLocal(nn.Module):
             products = torch.matmul(x.view(batch, channels, -1).permute(0, 2, 1), keys.view(batch, channels, -1))
             return torch.softmax(products, dim=-1)
         if self.mode == "concatenation":
-            queries = self.theta(x).view(batch, self.d, -1, 1)
-            keys = self.phi(source).view(batch, self.d, 1, -1)
-            n, m = queries.size(2), keys.size(3)
-            pairs = torch.cat([queries.repeat(1, 1, 1, m), keys.repeat(1, 1, n, 1)], dim=1)
-            rectified: torch.Tensor = self.concat_project(pairs)
-            return rectified.view(batch, n, m) / m
+            column: torch.Tensor = self.theta(x).view(batch, self.d, -1, 1)
+            row: torch.Tensor = self.phi(source).view(batch, self.d, 1, -1)
+            n, m = column.size(2), row.size(3)
+            pairs = torch.cat([column.repeat(1, 1, 1, m), row.repeat(1, 1, n, 1)], dim=1)
+            rectified: torch.Tensor = self.concat_project(pairs).view(batch, n, m)
+            return rectified / m
         queries = self.theta(x).view(batch, self.d, -1)
         keys = self.phi(source).view(batch, self.d, -1)
         if self.pool_before:

@@ -65,8 +65,8 @@ class PairwiseAttention(_SelfAttention):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (B, Ci, H, W) to (B, Co, H, W)."""
         batch, _, height, width = x.shape
-        horizontal = torch.linspace(-1, 1, width).to(x).repeat(height, 1)
-        vertical = torch.linspace(-1, 1, height).to(x).unsqueeze(1).repeat(1, width)
+        horizontal = torch.linspace(-1, 1, width, dtype=x.dtype).repeat(height, 1)
+        vertical = torch.linspace(-1, 1, height, dtype=x.dtype).unsqueeze(1).repeat(1, width)
         position = self.conv_p(torch.stack([horizontal, vertical]).unsqueeze(0))
         difference = self.conv1(x).flatten(2).unsqueeze(2) - self._unfold(self.conv2(x))
         apart = position.flatten(2).unsqueeze(2) - self._unfold(position)

@@ -144,7 +144,7 @@ class SharedMapAttention(nn.Module):
         self.weight_key = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
         self.weight_value = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
         self.relative_x = nn.Parameter(torch.zeros(self.x_channels, kernel_size))
-        self.relative_y = nn.Parameter(torch.zeros(out_channels // groups - self.x_channels, kernel_size))
+        self.relative_y = nn.Parameter(torch.zeros(self.x_channels, kernel_size))
         self.bias = nn.Parameter(torch.zeros(1, out_channels, 1, 1)) if bias else None
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
