@@ -120,7 +120,7 @@ class PyramidAttention(nn.Module):
         folded = copy.deepcopy(self)
         if folded.scale is None:
             return folded
-        norm = cast("nn.Sequential", folded.f_query[1])[0]
+        norm = cast("nn.BatchNorm2d", cast("nn.Sequential", folded.f_query[1])[0])
         with torch.no_grad():  # a shared projection carries its half of the scale on either side
             for parameter in (norm.weight, norm.bias):
                 parameter.mul_(folded.scale**0.5 if folded.shared else folded.scale)

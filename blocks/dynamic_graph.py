@@ -13,7 +13,7 @@ For each branch r with dilation d, tap k = 3 i + j of a 3x3 window and position 
 The places have FP32 coordinates; what is read there is a gather of the four neighbours of every tap, which one list of
 indices and bilinear weights serves for both, the messages and the deformable convolution. That convolution is projected
 first and read second, because both are linear: 9 (9 G + 9) channels are fewer than 9 C. Bilinear weights and filters
-meet before the messages do, so no sample is ever stored.
+meet before anything is gathered for the messages: no sample is ever stored, and nine neighbours a position at a time.
 """
 
 from __future__ import annotations

@@ -212,7 +212,7 @@ def _largest_of_layer(arguments: Arguments, sizes: Sizes) -> int:
     """Return the elements of the logits (batch, groups, window, positions)."""
     groups = arguments["channels"] // arguments["group_channels"]
     window = arguments.get("kernel_size", 7) ** 2
-    return sizes["batch"] * groups * window * sizes["height"] * sizes["width"]
+    return int(sizes["batch"] * groups * window * sizes["height"] * sizes["width"])
 
 
 def _maps(channels: int, key_channels: int, value_channels: int, groups: int, kernel: int) -> tuple[TensorInput, ...]:

@@ -28,23 +28,7 @@ from edgeattn.foundation import UserError
 
 
 class DotProduct(nn.Module):
-    """theta phi^T g / M, associated for the fewest multiplications: the map between is of positions or of channels.
-
-    For export the output convolution moves inside as well, (W g phi^T / M) theta + b or (W g)(phi^T theta / M) + b: the
-    gathered features, products of three features that may overflow FP16 before the output does, are never formed.
-
-    Args:
-        out: the output convolution and its normalisation as one weight (C, d), or None to return what is gathered.
-        bias: their bias (C,), given together with `out`.
-    """
-
-    def __init__(self, out: torch.Tensor | None = None, bias: torch.Tensor | None = None) -> None:
-        super().__init__()
-        self.out: nn.Module = nn.Identity()
-        self.bias: nn.Parameter | None = None
-        if out is not None and bias is not None:
-            self.out = _convolution(1, out)
-            self.bias = nn.Parameter(bias[:, None])
+    """g (phi^T theta) / M, associated for the fewest multiplications: the map is one of positions or of channels."""
 
     def forward(self, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
         """Attend; shapes as in `PixelAttentionCore`. Keys are divided by M first: the sums are means in FP16.
@@ -52,15 +36,11 @@ class DotProduct(nn.Module):
         With dynamic sizes, the map is the one of channels.
         """
         inner, queries, keys = query.shape[1], query.shape[2], key.shape[2]
-        wide = inner if self.bias is None else self.bias.shape[0]
         mean_key = (key * (1 / keys)).transpose(1, 2)
-        by_positions = keys * inner * wide + queries * keys * (inner + wide)
-        by_channels = inner * inner * (keys + wide) + queries * inner * wide
-        if isinstance(queries, int) and isinstance(keys, int) and by_positions < by_channels:
-            result = torch.matmul(self.out(value), torch.matmul(mean_key, query))
-        else:
-            result = torch.matmul(self.out(torch.matmul(value, mean_key)), query)
-        return result if self.bias is None else result + self.bias
+        static = isinstance(queries, int) and isinstance(keys, int)
+        if static and 2 * queries * keys < inner * (queries + keys):
+            return torch.matmul(value, torch.matmul(mean_key, query))
+        return torch.matmul(torch.matmul(value, mean_key), query)
 
 
 class ReluSum(nn.Module):
@@ -234,7 +214,9 @@ class NonLocal(nn.Module):
         """Return a copy in which projections carry what is linear around them.
 
         Theta carries the scale. In concatenation mode theta and phi carry their halves of the projection; a pool stays
-        between phi and its half. In dot-product mode the output convolution moves, see `DotProduct`. All are exact.
+        between phi and its half. In dot-product mode theta and g are divided, and W multiplied, by powers of two whose
+        product is about d: what is gathered, three features multiplied, would overflow FP16 before the output does.
+        All are exact.
         """
         folded = copy.deepcopy(self)
         with torch.no_grad():
@@ -246,12 +228,14 @@ class NonLocal(nn.Module):
                 else:
                     folded.phi = self._composed(on_key, folded.phi)
                 folded.concat_project = None
-            if isinstance(folded.attend, DotProduct):
-                folded.attend = DotProduct(*_affine(folded.W))
-                folded.W = nn.Identity()
             for parameter in folded.theta.parameters():
                 parameter.mul_(self.scale)
-        folded.scale = 1.0
+            folded.scale = 1.0
+            if isinstance(folded.attend, DotProduct):
+                factor = 2.0 ** round(math.log2(self.inner) / 2)
+                for parameter in (*folded.theta.parameters(), *folded.g.parameters()):
+                    parameter.div_(factor)
+                next(folded.W.parameters()).mul_(factor * factor)
         return folded
 
     def _projection(self, project: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
@@ -260,9 +244,9 @@ class NonLocal(nn.Module):
         return weight[:, : self.inner], weight[:, self.inner :]
 
     def _composed(self, matrix: torch.Tensor, convolution: nn.Module) -> nn.Module:
-        """Return the 1x1 convolution that equals a convolution and then a matrix (out, in)."""
-        weight, bias = _affine(convolution)
-        return _convolution(self.dimension, torch.matmul(matrix, weight), torch.mv(matrix, bias))
+        """Return the 1x1 convolution that equals a convolution with bias and then a matrix (out, in)."""
+        weight, bias = convolution.parameters()
+        return _convolution(self.dimension, torch.matmul(matrix, weight.flatten(1)), torch.mv(matrix, bias))
 
 
 def _convolution(dimension: int, weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Module:
@@ -272,19 +256,6 @@ def _convolution(dimension: int, weight: torch.Tensor, bias: torch.Tensor | None
     if bias is not None:
         convolution.bias = nn.Parameter(bias)
     return convolution
-
-
-def _affine(module: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return weight (out, in) and bias (out,) of a 1x1 convolution, with its normalisation if there is one.
-
-    They are what the module, in FP64, makes of zero and of the unit vectors.
-    """
-    like = next(module.parameters())
-    channels = like.shape[1]
-    inputs = torch.cat([torch.zeros(1, channels), torch.eye(channels)]).to(like.device, torch.float64)
-    answers = copy.deepcopy(module).double().eval()(inputs.reshape(-1, channels, *like.shape[2:])).flatten(1)
-    bias = answers[0]
-    return (answers[1:] - bias).transpose(0, 1).to(like), bias.to(like)
 
 
 _BLOB = r"^(?:nonlocal_conv\d+_\d+_)?"
@@ -330,12 +301,12 @@ _MMCV_GAUSSIAN: Arguments = {"dimension": 2, "bn_layer": False, "mode": "gaussia
 _MMSEG: Arguments = {"dimension": 2, "sub_sample": False, "scale": "inner", "out_bias": False}
 _TIMM: Arguments = {"dimension": 2, "sub_sample": False, "scale": "input"}
 
-_LARGE_PRODUCTS = {r"^theta\.": 30.0, r"^W\.0\.weight": 1 / 300}
+_LARGE_PRODUCTS = {r"^theta\.": 4.0, r"^W\.0\.weight": 1 / 40}
 """Changes of the state that leave the output's size alone while the gathered features overflow FP16."""
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
-    """Return the elements of the larger of a feature map and the pairwise map, or the dot product's (C x d)."""
+    """Return the elements of the larger of a feature map and the pairwise map (d x d for the dot product)."""
     axes = (("length",), ("height", "width"), ("frames", "height", "width"))[arguments.get("dimension", 3) - 1]
     queries = math.prod(sizes[axis] for axis in axes)
     keys = queries
@@ -345,7 +316,7 @@ def _largest(arguments: Arguments, sizes: Sizes) -> int:
             keys *= sizes["frames"] // (2 if arguments.get("pool_frames") else 1)
     channels = arguments["in_channels"]
     inner = arguments.get("inter_channels", max(1, channels // 2))
-    pairs = channels * inner if arguments.get("mode") == "dot_product" else queries * keys
+    pairs = inner * inner if arguments.get("mode") == "dot_product" else queries * keys
     return sizes["batch"] * max(pairs, max(channels, inner) * queries)
 
 

@@ -239,7 +239,7 @@ def _largest(arguments: Arguments, sizes: Sizes) -> int:
     window, reach = arguments["kernel_size"] ** 2, arguments["kernel_size"] - 1
     relation = (arguments["rel_planes"] + 2) * window * sizes["height"] * sizes["width"]
     padded = max(arguments["rel_planes"] + 2, arguments.get("out_planes", arguments.get("mid_planes", 0)))
-    return sizes["batch"] * max(relation, padded * (sizes["height"] + reach) * (sizes["width"] + reach))
+    return int(sizes["batch"] * max(relation, padded * (sizes["height"] + reach) * (sizes["width"] + reach)))
 
 
 _SIZES_3: tuple[Sizes, ...] = (

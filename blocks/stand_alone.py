@@ -340,7 +340,8 @@ class ChannelwiseStem(nn.Module):
         """Map (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
         size = self.kernel_size
         key = _padded(self.key_conv(x), size)
-        return _attend_by_channel(self.query_conv(x), taps(key, size), *self.spread(key), self._values(x))
+        upper, lower = self.spread(key)
+        return _attend_by_channel(self.query_conv(x), taps(key, size), upper, lower, self._values(x))
 
     def _values(self, x: torch.Tensor) -> list[torch.Tensor]:
         """Return the values of each tap: the mixture of the projections is one projection per tap."""
@@ -356,7 +357,7 @@ class ChannelwiseStem(nn.Module):
         assert self.emb_mix is not None
         rows, columns = torch.matmul(self.emb_mix, self.emb_a), torch.matmul(self.emb_mix, self.emb_b)
         mixture = (rows[:, :, None] + columns[:, None, :]).flatten(1).softmax(dim=0)
-        projections = torch.stack([convolution.weight for convolution in self.value_conv], dim=-1)
+        projections = torch.stack(list(self.value_conv.parameters()), dim=-1)
         return [torch.matmul(projections, mixture[:, tap]) for tap in range(mixture.shape[1])]
 
     def prepare_for_export(self) -> ChannelwiseStem:
@@ -378,13 +379,13 @@ def _convolution(weight: torch.Tensor) -> nn.Conv2d:
 
 def _logits(heads: int, arguments: Arguments, sizes: Sizes) -> int:
     """Return the elements of the logits (batch, heads, window, positions)."""
-    return sizes["batch"] * heads * arguments["kernel_size"] ** 2 * sizes["height"] * sizes["width"]
+    return int(sizes["batch"] * heads * arguments["kernel_size"] ** 2 * sizes["height"] * sizes["width"])
 
 
 def _padded_map(arguments: Arguments, sizes: Sizes) -> int:
     """Return the elements of a padded feature map."""
     reach = arguments["kernel_size"] - 1
-    return sizes["batch"] * arguments["out_channels"] * (sizes["height"] + reach) * (sizes["width"] + reach)
+    return int(sizes["batch"] * arguments["out_channels"] * (sizes["height"] + reach) * (sizes["width"] + reach))
 
 
 _PAPER = "Stand-Alone Self-Attention in Vision Models, NeurIPS 2019"

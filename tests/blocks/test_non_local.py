@@ -93,13 +93,6 @@ def test_published_implementations_differ_where_they_pool(mode: str) -> None:
     assert torch.allclose(after(flat), before(flat), atol=1e-5)
 
 
-def test_a_block_in_training_is_prepared_with_its_statistics() -> None:
-    block = randomise(NonLocal(8, dimension=2, mode="dot_product"))
-    x = torch.randn(1, 8, 4, 4)
-    expected = block(x)
-    assert torch.allclose(block.train().prepare_for_export()(x), expected, atol=1e-5)
-
-
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -88,4 +88,5 @@ class APCHead(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Return (B, num_classes, H, W) from (B, in_channels, H, W)."""
         outputs = [x] + [module(x) for module in self.acm_modules]
-        return self.conv_seg(self.dropout(self.bottleneck(torch.cat(outputs, dim=1))))
+        scores: torch.Tensor = self.conv_seg(self.dropout(self.bottleneck(torch.cat(outputs, dim=1))))
+        return scores

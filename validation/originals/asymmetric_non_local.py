@@ -41,7 +41,8 @@ class _Stage(nn.Module):
         key = _sample(self.f_key(low), self.grids)  # (B, ck, S)
         similarity = F.softmax(self.factor * torch.matmul(query, key), dim=-1)
         context = torch.matmul(similarity, value).permute(0, 2, 1).contiguous()
-        return self.W(context.view(batch, value.shape[2], height, width))
+        result: torch.Tensor = self.W(context.view(batch, value.shape[2], height, width))
+        return result
 
 
 class AFNB(nn.Module):
@@ -88,7 +89,8 @@ class AFNB(nn.Module):
         context = self.stages[0](low, high)
         for stage in self.stages[1:]:
             context = context + stage(low, high)
-        return self.conv_bn_dropout(torch.cat((context, high), dim=1))
+        result: torch.Tensor = self.conv_bn_dropout(torch.cat((context, high), dim=1))
+        return result
 
 
 class APNB(nn.Module):
@@ -126,4 +128,5 @@ class APNB(nn.Module):
         context = self.stages[0](x, x)
         for stage in self.stages[1:]:
             context = context + stage(x, x)
-        return self.conv_bn_dropout(torch.cat((context, x), dim=1))
+        result: torch.Tensor = self.conv_bn_dropout(torch.cat((context, x), dim=1))
+        return result

@@ -53,7 +53,8 @@ class CARAFEPack(nn.Module):
         batch, _, height, width = mask.shape
         mask = F.softmax(mask.view(batch, self.groups, self.kernel * self.kernel, height, width), dim=2)
         radius = (self.kernel - 1) // 2
-        source = F.pad(x, (radius, radius, radius, radius)).unflatten(1, (self.groups, -1))
+        source = F.pad(x, (radius, radius, radius, radius))
+        source = source.view(batch, self.groups, -1, source.shape[2], source.shape[3])
         rows = torch.arange(height, device=x.device) // self.scale
         columns = torch.arange(width, device=x.device) // self.scale
         result = torch.zeros_like(source[..., :1, :1])

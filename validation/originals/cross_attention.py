@@ -20,7 +20,8 @@ class _ConvBlock(nn.Module):
         self.bn = nn.BatchNorm2d(outputs)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.bn(self.conv(x))
+        result: torch.Tensor = self.bn(self.conv(x))
+        return result
 
 
 class CAM(nn.Module):

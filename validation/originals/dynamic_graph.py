@@ -20,7 +20,7 @@ def _read(x: torch.Tensor, row: torch.Tensor, column: torch.Tensor) -> torch.Ten
     inside = (row >= 0) & (row <= height - 1) & (column >= 0) & (column <= width - 1)
     flat = (row.clamp(0, height - 1) * width + column.clamp(0, width - 1)).flatten(1)
     values = x.flatten(2).gather(2, flat[:, None].expand(-1, channels, -1))
-    return values.unflatten(2, (height, width)) * inside[:, None].to(x.dtype)
+    return values.reshape(-1, channels, height, width) * inside[:, None].to(x.dtype)
 
 
 def _deformed_window(x: torch.Tensor, offset: torch.Tensor, dilation: int) -> torch.Tensor:

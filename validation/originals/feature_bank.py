@@ -18,7 +18,8 @@ class _ConvModule(nn.Module):
         self.conv = nn.Conv3d(in_channels, out_channels, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.conv(x)
+        projected: torch.Tensor = self.conv(x)
+        return projected
 
 
 class FeatureBankLayer(nn.Module):
@@ -65,9 +66,8 @@ class FeatureBankLayer(nn.Module):
         affinity = torch.matmul(theta.permute(0, 2, 1), phi) / channels**0.5  # (R, 1, M)
         p = affinity.softmax(dim=-1)
         out = torch.matmul(g, p.permute(0, 2, 1)).view(rois, channels, 1, 1, 1)
-        if self.pre_activate:
-            return self.out_conv(F.relu(self.ln(out)))
-        return self.ln(self.out_conv(out))
+        gain: torch.Tensor = self.out_conv(F.relu(self.ln(out))) if self.pre_activate else self.ln(self.out_conv(out))
+        return gain
 
 
 class FeatureBankNonLocal(nn.Module):
@@ -106,7 +106,8 @@ class FeatureBankNonLocal(nn.Module):
 
     def encode_bank(self, bank: torch.Tensor) -> torch.Tensor:
         """Return B (R, M, latent), what the layers compute keys and values from."""
-        return self.lt_feat_conv(bank.permute(0, 2, 1)[..., None, None])[..., 0, 0].permute(0, 2, 1)
+        encoded: torch.Tensor = self.lt_feat_conv(bank.permute(0, 2, 1)[..., None, None])
+        return encoded[..., 0, 0].permute(0, 2, 1)
 
     def attend(self, short_term: torch.Tensor, encoded: torch.Tensor) -> torch.Tensor:
         """Return (R, C + latent) for features (R, C) and encoded banks (R or 1, M, latent)."""
@@ -134,5 +135,5 @@ class FeatureBankPool(nn.Module):
 
     def forward(self, short_term: torch.Tensor, bank: torch.Tensor) -> torch.Tensor:
         """Return (R, C + D) for features (R, C) and banks (R, M, D)."""
-        pooled = self.pooling(bank.permute(0, 2, 1)[..., None, None])
+        pooled: torch.Tensor = self.pooling(bank.permute(0, 2, 1)[..., None, None])
         return torch.cat([short_term[:, :, None, None, None], pooled], dim=1)[:, :, 0, 0, 0]

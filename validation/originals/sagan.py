@@ -18,6 +18,7 @@ class _NormalisedConv2d(nn.Module):
     def __init__(self, in_channels: int, out_channels: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.zeros(out_channels, in_channels, 1, 1))
+        self.u0: torch.Tensor
         self.register_buffer("u0", torch.zeros(1, out_channels))
         self.register_buffer("sv0", torch.ones(1))
 
@@ -51,8 +52,8 @@ class PooledSelfAttention(nn.Module):
         phi = F.max_pool2d(self.phi(x), [2, 2]).view(batch, channels // 8, (height // 2) * (width // 2))
         g = F.max_pool2d(self.g(x), [2, 2]).view(batch, channels // 2, (height // 2) * (width // 2))
         beta = F.softmax(torch.bmm(theta.transpose(1, 2), phi), -1)  # (B, N, N / 4)
-        attended = torch.bmm(g, beta.transpose(1, 2)).view(batch, channels // 2, height, width)
-        return self.gamma * self.o(attended) + x
+        o: torch.Tensor = self.o(torch.bmm(g, beta.transpose(1, 2)).view(batch, channels // 2, height, width))
+        return self.gamma * o + x
 
 
 class FullSelfAttention(nn.Module):
@@ -91,6 +92,7 @@ class _NormalisedConv1d(nn.Module):
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.weight_orig = nn.Parameter(torch.zeros(out_channels, in_channels, 1))
         self.register_buffer("weight", torch.zeros(out_channels, in_channels, 1))
+        self.weight_u: torch.Tensor
         self.register_buffer("weight_u", torch.zeros(out_channels))
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
