@@ -230,7 +230,8 @@ BLOCKS.add(
     BlockSpec(
         name="co-attention",
         title="co-attention",
-        paper="See More, Know More: Unsupervised Video Object Segmentation with Co-Attention Siamese Networks, CVPR 2019",
+        paper="See More, Know More: Unsupervised Video Object Segmentation with Co-Attention Siamese Networks, "
+        "CVPR 2019",
         year=2019,
         code="https://github.com/carrierlxk/COSNet",
         build=CoAttention,
@@ -242,7 +243,7 @@ BLOCKS.add(
             for group in (False, True)
         ),
         largest=_largest,
-        precision="the affinity and its softmaxes stay in FP32 (dot products overflow); the sums over values run in FP16",
+        precision="the affinity and its softmaxes stay in FP32 (dot products overflow); sums over values run in FP16",
         int8="the projection of the target; the attention products stay in FP16",
     )
 )

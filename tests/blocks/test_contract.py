@@ -32,7 +32,20 @@ REFERENCES = LISTINGS.with_name("reference")
 # What TensorRT's parser takes (10.3 and later) and the blocks need; anything new deserves a look at its table.
 OPERATORS = {
     *("Abs", "Add", "And", "AveragePool", "BatchNormalization", "Cast", "Clip", "Concat", "Conv", "DepthToSpace"),
-    *("Div", "Equal", "Exp", "Expand", "Gather", "GatherElements", "Gemm", "GlobalAveragePool", "Greater"),
+    *(
+        "Div",
+        "Equal",
+        "Exp",
+        "Expand",
+        "Floor",
+        "GRU",
+        "LSTM",
+        "Gather",
+        "GatherElements",
+        "Gemm",
+        "GlobalAveragePool",
+        "Greater",
+    ),
     *("GreaterOrEqual", "GridSample", "GroupNormalization", "InstanceNormalization", "LayerNormalization", "LeakyRelu"),
     *("Less", "LessOrEqual", "MatMul", "Max", "MaxPool", "Min", "Mul", "Neg", "Not", "Or", "Pad", "Pow", "Range"),
     *("Reciprocal", "ReduceL2", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum", "Relu", "Reshape", "Resize"),
