@@ -62,7 +62,7 @@ class TensorInput:
 
     def shape(self, arguments: Arguments, sizes: Sizes) -> tuple[int, ...]:
         """Return the shape for constructor arguments and sizes; arguments go first."""
-        return tuple(axis if isinstance(axis, int) else int((arguments | sizes)[axis]) for axis in self.axes)
+        return tuple(axis if isinstance(axis, int) else int({**arguments, **sizes}[axis]) for axis in self.axes)
 
     def dynamic_axes(self, arguments: Arguments, fixed: Mapping[str, str]) -> dict[int, str]:
         """Return the axes whose size may vary, with their symbols; `fixed` lists symbols that may not."""
