@@ -282,7 +282,7 @@ BLOCKS.add(
             ),
         ),
         largest=lambda arguments, sizes: (
-            sizes["batch"] * 8 * arguments["kernel_size"] ** 2 * sizes["height"] * sizes["width"]
+            sizes["batch"] * arguments["groups"] * arguments["kernel_size"] ** 2 * sizes["height"] * sizes["width"]
         ),
         precision=_PRECISION,
         int8="nothing: the operator has no convolution",
