@@ -170,9 +170,9 @@ BLOCKS.add(
                 {"gate_channels": 8, "reduction_ratio": 4},
                 listings={"cbam": {"gate_channels": 256}},
                 references={
-                    "cbam": {"gate_channels": 32},
-                    "cbam_no_spatial": {"gate_channels": 32, "no_spatial": True},
-                    "cbam_insight": {"gate_channels": 32},
+                    "cbam": {"gate_channels": 16, "reduction_ratio": 4},
+                    "cbam_no_spatial": {"gate_channels": 16, "reduction_ratio": 4, "no_spatial": True},
+                    "cbam_insight": {"gate_channels": 16, "reduction_ratio": 4},
                 },
                 published=Published(
                     "CBAM-ResNet-50, ImageNet 224x224, first stage",
@@ -184,7 +184,7 @@ BLOCKS.add(
                 "all-pools",
                 {"gate_channels": 8, "reduction_ratio": 4, **_ALL_POOLS},
                 listings={"cbam_lse_lp": {"gate_channels": 256, **_ALL_POOLS}},
-                references={"cbam_lse_lp": {"gate_channels": 32, **_ALL_POOLS}},
+                references={"cbam_lse_lp": {"gate_channels": 16, "reduction_ratio": 4, **_ALL_POOLS}},
                 overflow=Overflow(300.0, {"batch": 1, "height": 5, "width": 7}, state={r"mlp\.3\.weight": 0.01}),
             ),
             Variant(
@@ -196,7 +196,7 @@ BLOCKS.add(
                     r"\bspatial\.conv\.(conv|bn)\.": r"SpatialGate.spatial.\1.",
                 },
                 listings={"timm_cbam": {"gate_channels": 256, **_TIMM}},
-                references={"cbam_timm": {"gate_channels": 32, **_TIMM}},
+                references={"cbam_timm": {"gate_channels": 16, "reduction_ratio": 4, **_TIMM}},
             ),
         ),
         largest=lambda arguments, sizes: sizes["batch"] * arguments["gate_channels"] * sizes["height"] * sizes["width"],

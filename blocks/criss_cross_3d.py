@@ -32,7 +32,7 @@ def _gather(attention: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
     Returns:
         (batch, a, b, length, channels).
     """
-    gathered = torch.matmul(attention.flatten(0, 2), value.flatten(0, 2).transpose(1, 2))
+    gathered = torch.matmul(attention.flatten(0, 2), value.transpose(1, 2))
     return gathered.unflatten(0, attention.shape[:3])
 
 
@@ -65,9 +65,15 @@ class CrissCrossAttention3D(nn.Module):
 
         The largest intermediate is (batch, height, width, frames, height + width + frames).
         """
-        query, key, value = self.query_conv(x), self.key_conv(x), self.value_conv(x)
+        value = self.value_conv(x)
         if self.gamma is not None:
             value = self.gamma * value
+        value_h, value_w, value_d = (
+            value.permute(0, 3, 4, 1, 2).flatten(0, 2),
+            value.permute(0, 2, 4, 1, 3).flatten(0, 2),
+            value.permute(0, 2, 3, 1, 4).flatten(0, 2),
+        )
+        query, key = self.query_conv(x), self.key_conv(x)
         height, width = x.shape[2:4]
         index = torch.arange(height, device=x.device)
         energy_h = torch.matmul(query.permute(0, 3, 4, 2, 1), key.permute(0, 3, 4, 1, 2))
@@ -78,10 +84,10 @@ class CrissCrossAttention3D(nn.Module):
         attention_h = attention[..., :height].permute(0, 2, 3, 1, 4)
         attention_w = attention[..., height : height + width].transpose(2, 3)
         attention_d = attention[..., height + width :]
-        out_h = _gather(attention_h, value.permute(0, 3, 4, 1, 2)).permute(0, 3, 1, 2, 4)
-        out_w = _gather(attention_w, value.permute(0, 2, 4, 1, 3)).transpose(2, 3)
-        out_d = _gather(attention_d, value.permute(0, 2, 3, 1, 4))
-        return (out_h + out_w + out_d).permute(0, 4, 1, 2, 3) + x
+        out_h = _gather(attention_h, value_h).permute(0, 3, 1, 2, 4)
+        out_w = _gather(attention_w, value_w).transpose(2, 3)
+        out_d = _gather(attention_d, value_d)
+        return (out_d + out_w + out_h).permute(0, 4, 1, 2, 3) + x
 
     def prepare_for_export(self) -> CrissCrossAttention3D:
         """Return a copy whose value projection carries gamma (exact: attention is linear in the values)."""
@@ -110,6 +116,7 @@ BLOCKS.add(
                 "official",
                 {"in_dim": 16},
                 listings={"ccnet_cca3d": {"in_dim": 64}},
+                references={"ccnet_cca3d": {"in_dim": 8}},
                 published=Published(
                     "the module's own example", {"in_dim": 64}, {"batch": 1, "height": 32, "width": 48, "frames": 16}
                 ),

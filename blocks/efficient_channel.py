@@ -4,7 +4,7 @@ Paper: Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional
 (arXiv 1910.03151). Code: https://github.com/BangguWu/ECANet, `models/eca_module.py` and `models/eca_ns.py`;
 https://github.com/huggingface/pytorch-image-models, `timm/layers/eca.py`.
 
-    z_c = mean_hw x_c    y_c = x_c sigmoid(sum_j w_j z_(c + j - (k - 1) / 2)),   z is 0 beyond the first and last channel
+    z_c = mean_hw x_c    y_c = x_c sigmoid(sum_j w_j z_(c + j - (k - 1) / 2)),   z = 0 outside the channels
 """
 
 from __future__ import annotations

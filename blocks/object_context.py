@@ -196,8 +196,9 @@ class _LinearSum(nn.Module):
     """Export form of `BaseOC` and `PyramidOC`: leaky ReLU of the sum of projected features and contexts.
 
     Up to its activation, `conv_bn_dropout` is linear, so that each part of its input has its own share of it and no
-    concatenation is stored. ONNX Runtime computes the last term of a sum first: this is the first stage, the attention
-    over the most positions, whose memory the other terms then reuse.
+    concatenation is stored. Of two terms, ONNX Runtime computes the one that was traced last first. The stages are
+    traced in reverse, so that it begins with the first one, the attention over the most positions, whose memory the
+    others then reuse.
     """
 
     def __init__(self, features: nn.Module | None, stages: Sequence[nn.Module]) -> None:
@@ -207,9 +208,12 @@ class _LinearSum(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map features (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
-        parts = [self.features] if self.features is not None else []
-        first, *others = (part(x) for part in (*parts, *reversed(self.stages)))
-        return F.leaky_relu(sum(others, first), 0.01)
+        features = None if self.features is None else self.features(x)
+        last, *others = [stage(x) for stage in reversed(self.stages)]
+        if features is not None:
+            last = features + last
+        first, *terms = [*reversed(others), last]
+        return F.leaky_relu(sum(terms, first), 0.01)
 
 
 class BaseOC(nn.Module):

@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.precision import Fp32Step
-from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
+from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, Sizes, Variant
 from edgeattn.foundation import UserError
 
 ADDED = 1e-5
@@ -27,8 +27,8 @@ VANISHED = 1e-12
 
 
 def _direction(mean: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Return the mean vectors (batch, groups, c, 1) over their lengths, what t's mean becomes, and the lengths."""
-    square = (mean * mean).sum(dim=2, keepdim=True)
+    """Return the mean vectors (batch, groups, 1, c) over their lengths, what t's mean becomes, and the lengths."""
+    square = (mean * mean).sum(dim=3, keepdim=True)
     length = square.sqrt().clamp_min(VANISHED)
     return mean / length, square / length, length
 
@@ -78,11 +78,9 @@ class SpatialGroupEnhance(nn.Module):
         """
         grouped = x.reshape(x.shape[0], self.groups, self.width, -1)
         if grouped.shape[3] == 1:
-            raise UserError(
-                "spatial group-wise enhance compares positions, but the map is 1 x 1. Use a larger input."
-            )
-        direction, centre, length = self.direction(grouped.mean(dim=3, keepdim=True))
-        similarity = torch.matmul(direction.transpose(2, 3), grouped)
+            raise UserError("spatial group-wise enhance compares positions, but the map is 1 x 1. Use a larger input.")
+        direction, centre, length = self.direction(grouped.mean(dim=3)[:, :, None])
+        similarity = torch.matmul(direction, grouped)
         gate = self.standardised(similarity, centre, length, self.weight, self.bias).sigmoid()
         return (grouped * gate).view(x.shape)
 
@@ -108,7 +106,7 @@ BLOCKS.add(
                 "official",
                 {"channels": 12, "groups": 3},
                 listings={"sge": {"channels": 256, "groups": 64}},
-                references={"sge": {"channels": 128, "groups": 64}},
+                references={"sge": {"channels": 16, "groups": 4}},
                 published=Published(
                     "SGE-ResNet-50, ImageNet 224x224, first stage",
                     {"channels": 256, "groups": 64},

@@ -130,7 +130,9 @@ BLOCKS.add(
                 listings={"se_layer": {"channel": 512}},
                 references={"se_layer": {"channel": 32}},
                 published=Published(
-                    "SE-ResNet-50, ImageNet 224x224, first stage", {"channel": 256}, {"batch": 1, "height": 56, "width": 56}
+                    "SE-ResNet-50, ImageNet 224x224, first stage",
+                    {"channel": 256},
+                    {"batch": 1, "height": 56, "width": 56},
                 ),
             ),
             Variant(

@@ -41,6 +41,7 @@ OPERATORS = {
         "GRU",
         "ArgMax",
         "LSTM",
+        "Log",
         "TopK",
         "Gather",
         "GatherElements",

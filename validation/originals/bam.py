@@ -1,7 +1,7 @@
 """Bottleneck attention module, original.
 
-Paper: Park et al., "BAM: Bottleneck Attention Module", BMVC 2018; the published code
-multiplies the two branches that the paper adds. Behaviour: Jongchan/attention-module, `MODELS/bam.py`.
+Paper: Park et al., "BAM: Bottleneck Attention Module", BMVC 2018; the published code multiplies the two branches
+that the paper adds. Behaviour: Jongchan/attention-module, `MODELS/bam.py`.
 """
 
 from __future__ import annotations

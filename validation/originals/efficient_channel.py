@@ -27,15 +27,16 @@ class EfficientChannelAttention(nn.Module):
             self.conv = nn.Conv1d(channel, channel, k_size, groups=channel, bias=False)
         else:
             self.conv = nn.Conv1d(1, 1, k_size, padding=k_size // 2, bias=False)
-        self.half = k_size // 2 if private else None
+        self.private = private
+        self.k_size = k_size
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map x (B, C, H, W) to the same shape."""
         vector = self.squeeze(x)
-        if self.half is None:
-            logits = self.conv(vector.squeeze(3).permute(0, 2, 1)).permute(0, 2, 1).unsqueeze(3)
-        else:
+        if self.private:
             row = vector.permute(0, 2, 3, 1)
-            windows = F.unfold(row, (1, 2 * self.half + 1), padding=(0, self.half))  # (B, k, C)
+            windows = F.unfold(row, (1, self.k_size), padding=(0, self.k_size // 2))  # (B, k, C)
             logits = self.conv(windows.permute(0, 2, 1)).unsqueeze(3)
+        else:
+            logits = self.conv(vector.squeeze(3).permute(0, 2, 1)).permute(0, 2, 1).unsqueeze(3)
         return x * torch.sigmoid(logits).expand_as(x)
