@@ -223,6 +223,8 @@ class BiAttention(nn.Module):
 
     def __init__(self, x_dim: int, y_dim: int, z_dim: int, glimpse: int) -> None:
         super().__init__()
+        if not 1 <= glimpse <= MAX_MAPS:
+            raise ValueError(f"glimpse has to be from 1 to {MAX_MAPS}, got {glimpse}; published networks have up to 8")
         self.logits = BCNet(x_dim, y_dim, z_dim, glimpse, k=3, norm_h_mat=True)
 
     def forward(self, v: torch.Tensor, q: torch.Tensor, mask: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

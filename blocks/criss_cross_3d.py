@@ -6,6 +6,7 @@ two dimensions. Code: https://github.com/speedinghzl/CCNet, `cc_attention/functi
     y_p = gamma * sum over r in H(p), W(p), D(p) of softmax_r(q_p . k_r) v_r + x_p
 
 with the three lines through the voxel p, one softmax over all of them. H(p) leaves p itself out, W(p) and D(p) do not.
+The published code reads the weights of W(p) in another order than it wrote them, see `CrissCrossAttention3D`.
 """
 
 from __future__ import annotations
@@ -42,19 +43,25 @@ class CrissCrossAttention3D(nn.Module):
     State names and shapes are the official ones: `query_conv`, `key_conv` (in_dim // 8), `value_conv`, `gamma` (1,).
     Every voxel is its own neighbour twice, on the lines along width and frames, as in the official code.
 
+    The official code lays the weights along the width out as (batch, height, giving column, receiving column, frame)
+    and then reads the same memory as (batch, height, frame, receiving column, giving column), so that they meet other
+    values than they were made for. Weights trained with it need the same order.
+
     Args:
         in_dim: number of input and output channels, at least 8.
+        published_order: read the weights along the width as the official code does; otherwise as the equation says.
 
     Raises:
         ValueError: fewer than 8 channels.
     """
 
-    def __init__(self, in_dim: int) -> None:
+    def __init__(self, in_dim: int, *, published_order: bool = True) -> None:
         super().__init__()
         if in_dim < 8:
             raise ValueError(
                 f"in_dim={in_dim} is too small: queries have in_dim // 8 channels. Give 8 channels or more."
             )
+        self.published_order = published_order
         self.query_conv = nn.Conv3d(in_dim, in_dim // 8, kernel_size=1)
         self.key_conv = nn.Conv3d(in_dim, in_dim // 8, kernel_size=1)
         self.value_conv = nn.Conv3d(in_dim, in_dim, kernel_size=1)
@@ -82,12 +89,17 @@ class CrissCrossAttention3D(nn.Module):
         energy_d = torch.matmul(query.permute(0, 2, 3, 4, 1), key.permute(0, 2, 3, 1, 4))
         attention = torch.cat([energy_h, energy_w, energy_d], dim=4).softmax(dim=4)
         attention_h = attention[..., :height].permute(0, 2, 3, 1, 4)
-        attention_w = attention[..., height : height + width].transpose(2, 3)
+        attention_w = attention[..., height : height + width]
+        if self.published_order:
+            lines = (x.shape[0], height, x.shape[4], width, width)
+            attention_w = attention_w.permute(0, 1, 4, 2, 3).reshape(lines)
+        else:
+            attention_w = attention_w.transpose(2, 3)
         attention_d = attention[..., height + width :]
         out_h = _gather(attention_h, value_h).permute(0, 3, 1, 2, 4)
         out_w = _gather(attention_w, value_w).transpose(2, 3)
         out_d = _gather(attention_d, value_d)
-        return (out_d + out_w + out_h).permute(0, 4, 1, 2, 3) + x
+        return (out_h + out_w + out_d).permute(0, 4, 1, 2, 3) + x
 
     def prepare_for_export(self) -> CrissCrossAttention3D:
         """Return a copy whose value projection carries gamma (exact: attention is linear in the values)."""
@@ -122,6 +134,7 @@ BLOCKS.add(
                 ),
                 overflow=Overflow(200.0, {"batch": 1, "height": 3, "width": 4, "frames": 2}),
             ),
+            Variant("as-defined", {"in_dim": 16, "published_order": False}),
         ),
         largest=lambda arguments, sizes: (
             sizes["batch"]

@@ -8,12 +8,10 @@ https://github.com/xvjiarui/GCNet, `mmdet/models/plugins/generalized_attention.p
     p_qk = (Wx E(x_q - x_k) + Wy E(y_q - y_k)) / sqrt(2),  E(t) = [sin(t / f_m)]_m ++ [cos(t / f_m)]_m,
     f_m = 1000^(4m / D), m = 0 .. D/4 - 1, per head, without a scale
 
-p is a sum of two parts, so b and d give each query one number per row of keys and one per column. These are further
-channels of the query, whose key channels say in which row and column a key lies; c is a further channel of the keys.
-Every type thus is one plain attention, in which no tensor but the attention itself has queries times keys elements.
-
-Type 0010, one map for all queries, is computed on C channels before the projection to values, which then acts on one
-vector per head instead of on all keys.
+p is a sum of two parts, so b and d give each query one number per row of keys and one per column, and c gives one per
+key; they are small, and added to the energies as they are. Types 1000 and 1010 are plain attention. Type 0010, one
+map for all queries, is computed on the C channels in front of the projection to values, which then acts on one vector
+per head instead of on all keys.
 """
 
 from __future__ import annotations
@@ -82,7 +80,7 @@ class GeneralizedAttention(nn.Module):
     row_terms: torch.Tensor | None
     column_terms: torch.Tensor | None
     offset: torch.Tensor | None
-    one: torch.Tensor
+    zero: torch.Tensor
 
     def __init__(
         self,
@@ -148,7 +146,7 @@ class GeneralizedAttention(nn.Module):
             self.register_parameter(name, nn.Parameter((1 - 2 * torch.rand(inner)) * spread) if present else None)
         self.proj_conv = nn.Conv2d(inner, in_channels, 1)
         self.gamma = nn.Parameter(torch.zeros(1))
-        self.register_buffer("one", torch.ones(1, 1, 1, 1, 1), persistent=False)
+        self.register_buffer("zero", torch.zeros(1, num_heads, 1, 1, 1), persistent=False)
         if spatial_range >= 0:
             side = MAP_SIZES[in_channels]
             near = self._near(side, (side - 1) // kv_stride + 1)
@@ -156,7 +154,8 @@ class GeneralizedAttention(nn.Module):
             self.register_buffer("local_constraint_map", constraint.byte())
         for name in ("row_terms", "column_terms", "offset"):  # what `prepare_for_export` computes in advance
             self.register_buffer(name, None, persistent=False)
-        self.core = None if self.everywhere else PixelAttentionCore()
+        placed = self.by_query or self.by_place or spatial_range >= 0
+        self.core = None if placed or self.everywhere else PixelAttentionCore()
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Attend and add the input.
@@ -231,25 +230,30 @@ class GeneralizedAttention(nn.Module):
         if self.q_stride > 1:
             x = x[:, :, :: self.q_stride, :: self.q_stride]
         batch, _, height, width = x.shape
-        rows, columns = source.shape[2:]
+        size, key_size = (height, width), source.shape[2:]
         heads = (self.num_heads, self.head_channels)
+        value = self.value_conv(source).unflatten(1, heads).flatten(3)
         query = self.query_conv(x).unflatten(1, heads) if self.pairs or self.by_query else None
-        queries, keys = [], []
+        content, energies = None, []
         if self.pairs:
             assert query is not None
-            queries.append(query if self.appr_bias is None else query + self._per_head(self.appr_bias))
-            keys.append(self.key_conv(source).unflatten(1, heads))
+            content = query if self.appr_bias is None else query + self._per_head(self.appr_bias)
+            key = self.key_conv(source).unflatten(1, heads).flatten(3)
+            if self.core is not None:
+                attended = self.core(*(part.flatten(0, 1) for part in (content.flatten(3), key, value)))
+                return attended.view(-1, self.num_heads * self.head_channels, height, width)
+            energies.append(
+                torch.matmul(content.flatten(3).transpose(2, 3), key).unflatten(3, key_size).unflatten(2, size)
+            )
         elif self.by_key:
-            queries.append(self.one)
-            keys.append(F.conv2d(source, self._key_weight()).unsqueeze(2))
-        if self.by_query or self.by_place or self.spatial_range >= 0:
-            queries += self._places(query, (height, width), (rows, columns))
-            keys.append(self._where(rows, columns).expand(batch, self.num_heads, -1, -1, -1))
-        queries = [part.expand(batch, self.num_heads, -1, height, width) for part in queries]
-        value = self.value_conv(source).unflatten(1, heads)
-        assert self.core is not None
-        attended = self.core(*map(_flat, (queries, keys, [value])))
-        return attended.view(-1, self.num_heads * self.head_channels, height, width)
+            energies.append(F.conv2d(source, self._key_weight())[:, :, None, None])
+        energies += self._places(query, size, key_size)
+        energy = energies[0]
+        for term in energies[1:]:
+            energy = energy + term
+        attention = energy.expand(batch, -1, height, width, -1, -1).flatten(4).flatten(2, 3).softmax(dim=3)
+        attended = torch.matmul(attention, value.transpose(2, 3)).transpose(2, 3)
+        return attended.reshape(-1, self.num_heads * self.head_channels, height, width)
 
     def _places(
         self, query: torch.Tensor | None, size: tuple[int, int], keys: tuple[int, int]
@@ -262,7 +266,7 @@ class GeneralizedAttention(nn.Module):
             keys: h and w.
 
         Returns:
-            (batch, M, h, H, W) and (batch, M, w, H, W), or what may be expanded to that.
+            (batch, M, H, W, h, 1) and (batch, M, H, W, 1, w), or what broadcasts to that.
         """
         if self.by_query or self.by_place:
             offset = self.geom_bias if self.offset is None else self.offset
@@ -272,15 +276,15 @@ class GeneralizedAttention(nn.Module):
             row_query = self._transposed(query, size) if self.transposed_query else query
             row_terms = self._relative(self.row_terms, self.appr_geom_fc_y, size[0], keys[0])
             column_terms = self._relative(self.column_terms, self.appr_geom_fc_x, size[1], keys[1])
-            by_row = torch.matmul(row_terms, row_query.permute(0, 1, 3, 2, 4)).transpose(2, 3)
-            by_column = torch.matmul(column_terms, query.permute(0, 1, 4, 2, 3)).permute(0, 1, 3, 4, 2)
+            by_row = torch.matmul(row_query.permute(0, 1, 3, 4, 2), row_terms.transpose(2, 3))
+            by_column = torch.matmul(query.permute(0, 1, 4, 3, 2), column_terms.transpose(2, 3)).transpose(2, 3)
         else:
-            by_row = by_column = self.one * 0
+            by_row = by_column = self.zero
         if self.spatial_range >= 0:
-            near_row = self._near(size[0], keys[0]).transpose(0, 1).unsqueeze(2)
-            near_column = self._near(size[1], keys[1]).transpose(0, 1).unsqueeze(1)
-            by_row, by_column = torch.where(near_row, by_row, FAR), torch.where(near_column, by_column, FAR)
-        return by_row, by_column
+            near_row, near_column = (self._near(*pair) for pair in zip(size, keys, strict=True))
+            by_row = torch.where(near_row[:, None], by_row, FAR)
+            by_column = torch.where(near_column, by_column, FAR)
+        return by_row.unsqueeze(5), by_column.unsqueeze(4)
 
     @staticmethod
     def _transposed(query: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -321,22 +325,9 @@ class GeneralizedAttention(nn.Module):
 
     def _near(self, queries: int, keys: int) -> torch.Tensor:
         """Return which keys of an axis each query may see, (queries, keys)."""
-        query = torch.arange(queries, device=self.one.device)[:, None]
-        key = torch.arange(keys, device=self.one.device) * self.kv_stride
+        query = torch.arange(queries, device=self.zero.device)[:, None]
+        key = torch.arange(keys, device=self.zero.device) * self.kv_stride
         return (key + self.kv_stride > query - self.spatial_range) & (key <= query + self.spatial_range + 1)
-
-    def _where(self, rows: int, columns: int) -> torch.Tensor:
-        """Return 1 where a key lies in a row, then where it lies in a column, (rows + columns, rows, columns)."""
-        row, column = (torch.arange(size, device=self.one.device) for size in (rows, columns))
-        in_row = (row[:, None] == row)[:, :, None].expand(rows, rows, columns)
-        in_column = (column[:, None] == column)[:, None, :].expand(columns, rows, columns)
-        return torch.cat([in_row, in_column]).to(self.one.dtype)
-
-
-def _flat(parts: list[torch.Tensor]) -> torch.Tensor:
-    """Join tensors (batch, M, channels, height, width) to (batch * M, channels, height * width)."""
-    joined = torch.cat(parts, dim=2) if len(parts) > 1 else parts[0]
-    return joined.flatten(0, 1).flatten(2)
 
 
 def _convolution(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.Conv2d:
@@ -349,15 +340,13 @@ def _convolution(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.C
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
-    """Return the elements of the largest of the attention, the queries with their positional terms, and the input."""
+    """Return the elements of the largest of the attention, the positional terms of all pairs, and the values."""
     kv_stride, q_stride = arguments.get("kv_stride", 2), arguments.get("q_stride", 1)
     height, width = sizes["height"], sizes["width"]
     rows, columns = -(-height // kv_stride), -(-width // kv_stride)
     queries, keys = -(-height // q_stride) * -(-width // q_stride), rows * columns
-    head_channels = arguments["in_channels"] // arguments["num_heads"] + rows + columns
-    tables = 511 * arguments["in_channels"]
-    per_head = max(queries * keys, head_channels * max(queries, keys))
-    return max(sizes["batch"] * arguments["num_heads"] * per_head, tables)
+    places = max(queries * max(rows, columns), arguments["in_channels"] * 10)
+    return sizes["batch"] * max(arguments["num_heads"] * max(queries * keys, places), arguments["in_channels"] * keys)
 
 
 _SMALL: Arguments = {"in_channels": 16, "num_heads": 3}

@@ -494,7 +494,9 @@ BLOCKS.add(
                 listings={"l2pa_linear": {"in_features": 512}},
                 references={"l2pa_linear": {"in_features": 8}},
                 published=Published(_CIFAR, {"in_features": 512}, {"batch": 1, "height": 16, "width": 16}),
-                overflow=Overflow(15000.0, {"batch": 1, "height": 5, "width": 7}, state={r"op": 0.01}),
+                overflow=Overflow(
+                    15000.0, {"batch": 1, "height": 5, "width": 7}, {"in_features": 64}, state={r"op": 0.01}
+                ),
             ),
             Variant(
                 "sigmoid",
@@ -528,7 +530,7 @@ BLOCKS.add(
         variants=(
             Variant(
                 "official",
-                {**_GRID, "up_factor": 2, "normalize_attn": True},
+                {**_GRID, "up_factor": 3, "normalize_attn": True},
                 listings={
                     "l2pa_grid": {
                         "in_features_l": 256,
@@ -550,7 +552,7 @@ BLOCKS.add(
                     },
                     {"batch": 1, "height": 28, "width": 28, "grid_height": 7, "grid_width": 7},
                 ),
-                sizes=_grids(2),
+                sizes=_grids(3),
             ),
             Variant(
                 "sigmoid",

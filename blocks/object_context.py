@@ -23,6 +23,7 @@ from edgeattn.blocks.pixel_attention import PixelAttentionCore
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.foundation import UserError
 
+
 class SelfAttentionStage(nn.Module):
     """Context of every position, without a residual.
 
@@ -209,11 +210,13 @@ class _LinearSum(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map features (batch, in_channels, height, width) to (batch, out_channels, height, width)."""
         features = None if self.features is None else self.features(x)
-        last, *others = [stage(x) for stage in reversed(self.stages)]
+        contexts = [stage(x) for stage in reversed(self.stages)]
         if features is not None:
-            last = features + last
-        first, *terms = [*reversed(others), last]
-        return F.leaky_relu(sum(terms, first), 0.01)
+            contexts[0] = features + contexts[0]
+        total = contexts.pop()
+        while contexts:
+            total = total + contexts.pop()
+        return F.leaky_relu(total, 0.01)
 
 
 class BaseOC(nn.Module):
@@ -269,12 +272,11 @@ class BaseOC(nn.Module):
 
     def prepare_for_export(self) -> nn.Module:
         """Return the sum form, see `_LinearSum`."""
-        convolution = self.conv_bn_dropout[0]
-        weight, bias = _matrix(*self.conv_bn_dropout[:2])
+        weight, bias = _matrix(self.conv_bn_dropout[0], self.conv_bn_dropout[1])
         channels = len(weight)
         features = None
         if self.concat:
-            features = _convolution(weight[:, channels:], bias, convolution)
+            features = _convolution(weight[:, channels:], bias, self.conv_bn_dropout)
             bias = torch.zeros_like(bias)
         share = bias / len(self.stages)
         stages = (cast("SelfAttentionStage", stage) for stage in self.stages)
@@ -322,16 +324,14 @@ class PyramidOC(nn.Module):
 
     def prepare_for_export(self) -> nn.Module:
         """Return the sum form, see `_LinearSum`."""
-        weight, bias = _matrix(*self.conv_bn_dropout[:2])
-        wide = self.up_dr[0].out_channels
+        weight, bias = _matrix(self.conv_bn_dropout[0], self.conv_bn_dropout[1])
+        wide = weight.shape[1] // 2
         shares = weight[:, wide:].chunk(len(self.stages), dim=1)
         stages = [
             cast("SelfAttentionStage", stage).projected(share, torch.zeros_like(bias))
             for stage, share in zip(self.stages, shares, strict=True)
         ]
-        features = nn.Sequential(
-            *copy.deepcopy(self.up_dr), _convolution(weight[:, :wide], bias, self.conv_bn_dropout[0])
-        )
+        features = nn.Sequential(*copy.deepcopy(self.up_dr), _convolution(weight[:, :wide], bias, self.conv_bn_dropout))
         return _LinearSum(features, stages)
 
 
@@ -418,9 +418,9 @@ def _matrix(convolution: nn.Module, norm: nn.Module | None = None) -> tuple[torc
     return gain[:, None] * weight, gain * bias + shift
 
 
-def _convolution(weight: torch.Tensor, bias: torch.Tensor, like: nn.Conv2d) -> nn.Conv2d:
-    """Return the 1x1 convolution of a weight (out, in) and a bias (out,), in the type of another."""
-    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], kernel_size=1).to(like.weight)
+def _convolution(weight: torch.Tensor, bias: torch.Tensor, like: nn.Module) -> nn.Conv2d:
+    """Return the 1x1 convolution of a weight (out, in) and a bias (out,), in the type and on the device of a module."""
+    convolution = nn.Conv2d(weight.shape[1], weight.shape[0], kernel_size=1).to(next(like.parameters()))
     convolution.load_state_dict({"weight": weight[:, :, None, None], "bias": bias})
     return convolution
 

@@ -57,6 +57,19 @@ def _check_length(length: int | torch.SymInt, longest: int) -> None:
         )
 
 
+def _same(length: int | torch.SymInt, size: int) -> bool:
+    """Return whether a length is a plain number equal to a size; a symbol is never asked, for it would be fixed."""
+    return isinstance(length, int) and length == size
+
+
+def _first_outputs(linear: nn.Module, x: torch.Tensor, count: int | torch.SymInt) -> torch.Tensor:
+    """Return the first outputs of a linear layer."""
+    weight, bias = linear.parameters()
+    if _same(count, len(weight)):
+        return F.linear(x, weight, bias)
+    return F.linear(x, weight[:count], bias[:count])
+
+
 class EnergyTable(nn.Module):
     """Energies that read no input, and their softmax, which a fixed length needs only once.
 
@@ -76,7 +89,7 @@ class EnergyTable(nn.Module):
 
     def energies(self, length: int | torch.SymInt) -> torch.Tensor:
         """Return the energies (heads, length, length)."""
-        if isinstance(length, int) and length == self.table.shape[1]:
+        if _same(length, self.table.shape[1]):
             return self.table
         return self.table[:, :length, :length]
 
@@ -197,14 +210,11 @@ class Synthesizer(nn.Module):
     def _energies(self, x: torch.Tensor, length: int | torch.SymInt) -> torch.Tensor:
         """Return energies (batch, length, length) that read the input."""
         if self.mode == "dense":
-            second = self.dense[2]
-            hidden = self.dense[1](self.dense[0](x))
-            return F.linear(hidden, _first(second.weight, length), _first(second.bias, length))
+            return _first_outputs(self.dense[2], self.dense[1](self.dense[0](x)), length)
         if self.mode == "factorized_dense":
             first, second = self.a_proj(x), self.b_proj(x)
             if self.tile_both:
-                copies = first.shape[2]
-                energies = torch.cat([first] * second.shape[2], dim=2) * torch.cat([second] * copies, dim=2)
+                energies = first.repeat(1, 1, second.shape[2]) * second.repeat(1, 1, first.shape[2])
             else:
                 energies = (first[..., None] * second[:, :, None]).flatten(2)
             return energies if _same(length, energies.shape[2]) else energies[:, :, :length]
@@ -220,16 +230,6 @@ class Synthesizer(nn.Module):
             for name in ("attention", "R1", "R2"):
                 folded._parameters.pop(name, None)
         return folded
-
-
-def _same(length: int | torch.SymInt, size: int) -> bool:
-    """Return whether a length is a plain number equal to a size; a symbol is never asked, for it would be fixed."""
-    return isinstance(length, int) and length == size
-
-
-def _first(table: torch.Tensor, length: int | torch.SymInt) -> torch.Tensor:
-    """Return the first rows of a table."""
-    return table if _same(length, table.shape[0]) else table[:length]
 
 
 class MultiHeadSynthesizer(nn.Module):
@@ -283,8 +283,8 @@ class MultiHeadSynthesizer(nn.Module):
             "pi": (d_kv, max_length),
         }
         for name in HEAD_MODES[mode]:
-            value = torch.zeros(1) if name == "alpha" else torch.randn(shapes[name]) * shapes[name][0] ** -0.5
-            self.register_parameter(name, nn.Parameter(value))
+            initial = torch.zeros(1) if name == "alpha" else torch.randn(shapes[name]) * shapes[name][0] ** -0.5
+            self.register_parameter(name, nn.Parameter(initial))
         self.o = nn.Parameter(torch.randn(inner, d_model) * inner**-0.5)
 
     def forward(self, x: torch.Tensor, mask: torch.Tensor | None = None) -> torch.Tensor:
@@ -308,7 +308,7 @@ class MultiHeadSynthesizer(nn.Module):
             return self._heads()
 
     def _heads(self) -> SynthesizerHeads:
-        given = {name: self.get_parameter(name) for name in HEAD_MODES[self.mode]}
+        given: dict[str, torch.Tensor] = {name: self.get_parameter(name) for name in HEAD_MODES[self.mode]}
         query, key, dense = given.get("q"), given.get("k"), given.get("pi")
         table = given["R"].transpose(0, 1) if "R" in given else None
         if "R1" in given:
@@ -451,8 +451,7 @@ class DenseSynthesizerLayer(nn.Module):
             hidden = self._split(self.hidden(x))
         else:
             hidden = self.attention["w_1"](self._split(self.w_qs(x)))
-        last: nn.Linear = self.attention["w_2"]  # type: ignore[assignment]
-        energies = F.linear(hidden.relu(), _first(last.weight, length), _first(last.bias, length))
+        energies = _first_outputs(self.attention["w_2"], hidden.relu(), length)
         if mask is not None:
             energies = energies.masked_fill(mask[:, None, None], FORBIDDEN)
         weights = energies.softmax(dim=3)
@@ -475,3 +474,175 @@ class DenseSynthesizerLayer(nn.Module):
     def _split(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, length, heads * channels) to (batch, heads, length, channels)."""
         return x.unflatten(2, (self.n_head, -1)).transpose(1, 2)
+
+
+_SIZES: tuple[Sizes, ...] = (
+    {"batch": 2, "length": 6},
+    {"batch": 3, "length": 8},
+    {"batch": 1, "length": 3},
+    {"batch": 1, "length": 1},
+)
+_SINGLE: Arguments = {"in_dims": 5, "sentence_length": 8}
+_HEADS: Arguments = {"d_model": 6, "num_heads": 2, "d_kv": 4, "max_length": 8, "rank": 3}
+_MESH = {
+    r"^(.*/)?(q|k|v|kv|o|R|R1|R2|alpha)$": r"\2",
+    r"^(.*/)?pi/kernel$": "pi",
+}
+_TEN_ZIN = {r"^(.*\.)?(slf_attn|enc_attn)\.": ""}
+_T5: Arguments = {"d_model": 768, "num_heads": 12, "d_kv": 64, "max_length": 512}
+_LONGEST: Sizes = {"batch": 1, "length": 512}
+_LEADERJ: Arguments = {"in_dims": 6, "sentence_length": 8}
+_X = (TensorInput("x", ("batch", "length", "in_dims")),)
+_HEADS_X = TensorInput("x", ("batch", "length", "d_model"))
+_MASK = TensorInput("mask", ("batch", "length"), values="mask")
+
+
+def _largest(arguments: Arguments, sizes: Sizes) -> int:
+    """Return the elements of the largest of features, energies and a table cut along one axis."""
+    longest: int = arguments["sentence_length"]
+    return sizes["batch"] * sizes["length"] * max(longest, int(arguments["in_dims"]))
+
+
+def _largest_heads(arguments: Arguments, sizes: Sizes) -> int:
+    """Return the elements of the largest of projections, energies and a table cut along one axis."""
+    batch, length, heads = sizes["batch"], sizes["length"], int(arguments["num_heads"])
+    return length * max(batch * heads * int(arguments["d_kv"]), batch * heads * length, heads * arguments["max_length"])
+
+
+def _largest_layer(arguments: Arguments, sizes: Sizes) -> int:
+    """Return the elements of the largest of projections, hidden channels and energies."""
+    channels = max(int(arguments.get("d_hid", 64)), int(arguments["d_v"]), sizes["length"])
+    return sizes["batch"] * sizes["length"] * int(arguments["n_head"]) * channels
+
+
+_INT8 = "nothing: the block has products with matrices, but no convolution"
+_PRECISION = (
+    "energies and softmax stay in FP32; weights that are known at export time are numbers from 0 to 1 and may be "
+    "stored in FP16, and the sums over the positions run in FP16, for the weights sum to 1"
+)
+_TITLE = "Synthesizer: Rethinking Self-Attention for Transformer Models, ICML 2021"
+
+BLOCKS.add(
+    BlockSpec(
+        name="synthesizer",
+        title="synthesizer with a single head",
+        paper=_TITLE,
+        year=2021,
+        code="https://github.com/leaderj1001/Synthesizer-Rethinking-Self-Attention-Transformer-Models (third party)",
+        build=Synthesizer,
+        original="edgeattn.validation.originals.synthesizer:Synthesizer",
+        variants=(
+            Variant(
+                "dense",
+                _SINGLE,
+                references={"synthesizer_leaderj_dense": _LEADERJ},
+                published=Published(
+                    "leaderj1001's example", {"in_dims": 1024, "sentence_length": 32}, {"batch": 1, "length": 32}
+                ),
+            ),
+            Variant("random", {**_SINGLE, "mode": "random"}),
+            Variant("factorized-dense", {**_SINGLE, "mode": "factorized_dense"}),
+            Variant("factorized-random", {**_SINGLE, "mode": "factorized_random", "rank": 3}),
+            Variant(
+                "mixture",
+                {**_SINGLE, "mode": "mixture"},
+                references={"synthesizer_leaderj_mixture": {**_LEADERJ, "mode": "mixture"}},
+                overflow=Overflow(300.0, {"batch": 2, "length": 6}, arguments={"in_dims": 16}),
+            ),
+            Variant(
+                "leaderj1001-random",
+                {**_SINGLE, "mode": "random", "softmax": False},
+                references={"synthesizer_leaderj_random": {**_LEADERJ, "mode": "random", "softmax": False}},
+            ),
+            Variant(
+                "leaderj1001-factorized-dense",
+                {**_SINGLE, "mode": "factorized_dense", "tile_both": True},
+                references={"synthesizer_leaderj_fdense": {**_LEADERJ, "mode": "factorized_dense", "tile_both": True}},
+            ),
+            Variant(
+                "leaderj1001-factorized-random",
+                {**_SINGLE, "mode": "low_rank"},
+                references={"synthesizer_leaderj_frandom": {**_LEADERJ, "mode": "low_rank"}},
+            ),
+        ),
+        largest=_largest,
+        precision=_PRECISION,
+        int8=_INT8,
+        inputs=_X,
+        sizes=_SIZES,
+    )
+)
+
+BLOCKS.add(
+    BlockSpec(
+        name="synthesizer-heads",
+        title="multi-head synthesizer of Mesh TensorFlow",
+        paper=_TITLE,
+        year=2021,
+        code="https://github.com/tensorflow/mesh, mesh_tensorflow/transformer/attention.py",
+        build=MultiHeadSynthesizer,
+        original="edgeattn.validation.originals.synthesizer:MultiHeadSynthesizer",
+        variants=(
+            Variant(
+                "official",
+                _HEADS,
+                key_map=_MESH,
+                inputs=(_HEADS_X, _MASK),
+                published=Published("T5 base, random mixed with dot products", _T5, _LONGEST),
+                overflow=Overflow(600.0, {"batch": 2, "length": 6}, arguments={"d_kv": 16}),
+            ),
+            Variant(
+                "random",
+                {**_HEADS, "mode": "random"},
+                key_map=_MESH,
+                published=Published("T5 base, random", {**_T5, "mode": "random"}, _LONGEST),
+            ),
+            Variant("factorized", {**_HEADS, "mode": "factorized"}, key_map=_MESH, inputs=(_HEADS_X, _MASK)),
+            Variant("dense", {**_HEADS, "mode": "dense_minus"}, key_map=_MESH),
+            Variant("dense-plus-alpha", {**_HEADS, "mode": "dense_plus_alpha"}, key_map=_MESH),
+        ),
+        largest=_largest_heads,
+        precision=_PRECISION,
+        int8=_INT8,
+        inputs=(_HEADS_X,),
+        sizes=_SIZES,
+    )
+)
+
+BLOCKS.add(
+    BlockSpec(
+        name="synthesizer-10zin",
+        title="dense multi-head synthesizer with residual and normalisation",
+        paper=_TITLE,
+        year=2021,
+        code="https://github.com/10-zin/Synthesizer, synth/synthesizer/sub_layers.py (third party)",
+        build=DenseSynthesizerLayer,
+        original="edgeattn.validation.originals.synthesizer:DenseSynthesizerLayer",
+        variants=(
+            Variant(
+                "dense",
+                {"max_seq_len": 8, "n_head": 2, "d_model": 6, "d_k": 4, "d_v": 5},
+                key_map=_TEN_ZIN,
+                references={
+                    "synthesizer_10zin_dense": {"max_seq_len": 8, "n_head": 2, "d_model": 6, "d_k": 4, "d_v": 5}
+                },
+                published=Published(
+                    "train.py's defaults, 50 tokens",
+                    {"max_seq_len": 50, "n_head": 8, "d_model": 512, "d_k": 64, "d_v": 64},
+                    {"batch": 1, "length": 50},
+                ),
+            ),
+            Variant(
+                "masked",
+                {"max_seq_len": 8, "n_head": 2, "d_model": 6, "d_k": 4, "d_v": 5},
+                key_map=_TEN_ZIN,
+                inputs=(_HEADS_X, _MASK),
+            ),
+        ),
+        largest=_largest_layer,
+        precision=f"{_PRECISION}; the normalisation stays in FP32",
+        int8=_INT8,
+        inputs=(_HEADS_X,),
+        sizes=_SIZES,
+    )
+)

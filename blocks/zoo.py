@@ -4,6 +4,7 @@ from edgeattn.blocks import abn as _abn  # noqa: F401
 from edgeattn.blocks import actor_transformer as _actor_transformer  # noqa: F401
 from edgeattn.blocks import adaptive_context as _adaptive_context  # noqa: F401
 from edgeattn.blocks import asymmetric_non_local as _asymmetric_non_local  # noqa: F401
+from edgeattn.blocks import attention_to_scale as _attention_to_scale  # noqa: F401
 from edgeattn.blocks import bam as _bam  # noqa: F401
 from edgeattn.blocks import bilinear_attention as _bilinear_attention  # noqa: F401
 from edgeattn.blocks import carafe as _carafe  # noqa: F401
@@ -37,10 +38,12 @@ from edgeattn.blocks import sagan as _sagan  # noqa: F401
 from edgeattn.blocks import san as _san  # noqa: F401
 from edgeattn.blocks import selective_kernel as _selective_kernel  # noqa: F401
 from edgeattn.blocks import self_calibrated as _self_calibrated  # noqa: F401
+from edgeattn.blocks import show_attend_tell as _show_attend_tell  # noqa: F401
 from edgeattn.blocks import spatial_group as _spatial_group  # noqa: F401
 from edgeattn.blocks import split_attention as _split_attention  # noqa: F401
 from edgeattn.blocks import spygr as _spygr  # noqa: F401
 from edgeattn.blocks import squeeze_attention as _squeeze_attention  # noqa: F401
 from edgeattn.blocks import squeeze_excitation as _squeeze_excitation  # noqa: F401
 from edgeattn.blocks import stand_alone as _stand_alone  # noqa: F401
+from edgeattn.blocks import synthesizer as _synthesizer  # noqa: F401
 from edgeattn.blocks import transformer as _transformer  # noqa: F401

@@ -15,12 +15,17 @@ class CrissCrossAttention3D(nn.Module):
 
     y = gamma * sum over the lines of softmax(query . key) * value + x: the voxel itself has two terms.
 
+    The published code mixes the weights along W up: their axes are brought to (B, H, W', W, D), W' the line, and the
+    numbers are then taken as (B H D, W, W').
+
     Args:
         in_dim: channels C of the input; query and key have C // 8 channels.
+        published_order: mix the weights along W up as published.
     """
 
-    def __init__(self, in_dim: int) -> None:
+    def __init__(self, in_dim: int, *, published_order: bool = True) -> None:
         super().__init__()
+        self.published_order = published_order
         self.gamma = nn.Parameter(torch.zeros(1))
         self.query_conv = nn.Conv3d(in_dim, in_dim // 8, 1)
         self.key_conv = nn.Conv3d(in_dim, in_dim // 8, 1)
@@ -39,7 +44,8 @@ class CrissCrossAttention3D(nn.Module):
         energy_d = torch.bmm(_along_d(query).transpose(1, 2), _along_d(key)).reshape(b, h, w, d, d)
         attention = torch.softmax(torch.cat([energy_h, energy_w, energy_d], dim=4), dim=4)
         attention_h = attention[..., :h].permute(0, 2, 3, 1, 4).reshape(b * w * d, h, h)
-        attention_w = attention[..., h : h + w].permute(0, 1, 3, 2, 4).reshape(b * h * d, w, w)
+        order = (0, 1, 4, 2, 3) if self.published_order else (0, 1, 3, 2, 4)
+        attention_w = attention[..., h : h + w].permute(*order).reshape(b * h * d, w, w)
         attention_d = attention[..., h + w :].reshape(b * h * w, d, d)
         out_h = torch.bmm(_along_h(value), attention_h.transpose(1, 2)).reshape(b, w, d, c, h)
         out_w = torch.bmm(_along_w(value), attention_w.transpose(1, 2)).reshape(b, h, d, c, w)
