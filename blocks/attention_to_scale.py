@@ -176,7 +176,11 @@ def _sizes(*sizes: tuple[int, int, int]) -> tuple[Sizes, ...]:
 
 
 _SMALL: Arguments = {"channels": 6, "hidden": 8}
-_LARGE_FOV = Published("DeepLab-LargeFOV (VGG-16), PASCAL VOC 321x321", {}, {**_sizes((1, 41, 41))[0], "classes": 21})
+_LARGE_FOV = Published(
+    "DeepLab-LargeFOV (VGG-16), PASCAL VOC 321x321",
+    {"channels": 1024, "hidden": 512},
+    {**_sizes((1, 41, 41))[0], "classes": 21},
+)
 
 BLOCKS.add(
     BlockSpec(

@@ -647,7 +647,7 @@ BLOCKS.add(
                 {"v_dim": 6, "num_hid": 5, "glimpses": 3, "answers": 7, "objects": 3},
                 key_map={r"^(w_emb|q_emb)\..*$": ""},
                 references={"ban_network": {"v_dim": 6, "num_hid": 5, "glimpses": 3, "answers": 7, "objects": 10}},
-                published=Published("BAN-8, VQA 2.0, bottom-up features", {}, _BUTD),
+                published=Published("BAN-8, VQA 2.0, bottom-up features", {"v_dim": 2048, "num_hid": 1280}, _BUTD),
             ),
         ),
         largest=_network,

@@ -605,7 +605,7 @@ BLOCKS.add(
                 key_map={r"^(conv_block\d|dense)\..*$": ""},
                 published=Published(
                     _CIFAR,
-                    {},
+                    {"local_channels": 256, "channels": 512},
                     _maps((1, 32, 32))[0],
                 ),
             ),

@@ -272,6 +272,7 @@ def _largest(arguments: Arguments, sizes: Sizes) -> int:
 
 
 _SMALL: Arguments = {"attention_dim": 8, "embed_dim": 4, "decoder_dim": 6, "vocab_size": 11, "encoder_dim": 12}
+_COCO: Arguments = {"attention_dim": 512, "embed_dim": 512, "decoder_dim": 512, "encoder_dim": 2048}
 _STEP = (
     TensorInput("features", ("batch", "positions", "encoder_dim")),
     TensorInput("keys", ("batch", "positions", "attention_dim")),
@@ -303,7 +304,7 @@ BLOCKS.add(
                 _SMALL,
                 key_map=_KEYS,
                 references={"sat_step": _SMALL},
-                published=Published("ResNet-101 decoder, COCO 2014", {}, {"batch": 1, "positions": 196}),
+                published=Published("ResNet-101 decoder, COCO 2014", _COCO, {"batch": 1, "positions": 196}),
                 inputs=_STEP,
                 method="step",
                 overflow=Overflow(50.0, {"batch": 2, "positions": 7}, state={r"full_att": 1e5}),
