@@ -94,10 +94,12 @@ class AttentionToScale(nn.Module):
         size = maps[0].shape[2:]
         aligned = [maps[0], *(self._resized(entry, size) for entry in maps[1 : self.scales])]
         scores = [maps[self.scales], *(self._resized(entry, size) for entry in maps[self.scales + 1 :])]
-        parts = self._split() if self.parts is None else self.parts
-        hidden = parts[0](aligned[0])
-        for part, features in zip(list(parts)[1:], aligned[1:], strict=True):
-            hidden = hidden + part(features)
+        if self.parts is None:
+            hidden = self.att.conv1(torch.cat(aligned, dim=1))
+        else:
+            hidden = self.parts[0](aligned[0])
+            for part, features in zip(list(self.parts)[1:], aligned[1:], strict=True):
+                hidden = hidden + part(features)
         logits = self.att.conv2(hidden.relu())
         if self.scales > 2:
             weights = logits.softmax(dim=1)

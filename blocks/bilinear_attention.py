@@ -250,9 +250,10 @@ class _PiecewiseLinear(nn.Module):
         self.weight = nn.Parameter(torch.cat([torch.zeros(1), torch.ones(_PIECES)]))
 
 
-def _ramps(x: torch.Tensor, starts: torch.Tensor) -> torch.Tensor:
-    """Return clip(16 x - (m - 1), 0, 1) for the pieces m of a piecewise linear function, in a new last axis."""
-    return (x.unsqueeze(-1) * _PIECES - starts).clamp(0.0, 1.0)
+def _places(x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return where numbers from 0 to 1 lie on the pieces: 16 x, and the index of the piece."""
+    place = (x * _PIECES).clamp(0.0, float(_PIECES))
+    return place, place.to(torch.int64)
 
 
 def _product(x: torch.Tensor) -> torch.Tensor:
@@ -277,26 +278,25 @@ def _overlap_distance(boxes: torch.Tensor) -> torch.Tensor:
     return 1.0 - intersection / (area.unsqueeze(2) + area.unsqueeze(1) - intersection + 1e-12 * _BOX_SCALE**2)
 
 
-def _count(
-    boxes: torch.Tensor, a: torch.Tensor, shares: torch.Tensor, starts: torch.Tensor, levels: torch.Tensor
-) -> torch.Tensor:
-    """Return the counts (batch, n + 1) of boxes (batch, 4, n) with relevance a (batch, n); f_k is row k of shares."""
+def _count(boxes: torch.Tensor, a: torch.Tensor, lines: torch.Tensor, levels: torch.Tensor) -> torch.Tensor:
+    """Return the counts (batch, n + 1) of boxes (batch, 4, n) with relevance a (batch, n); f_k is row k of lines."""
 
-    def f(index: int, ramps: torch.Tensor) -> torch.Tensor:
-        return torch.matmul(ramps, shares[index, 1:]) + shares[index, 0]
+    def f(index: int, places: tuple[torch.Tensor, torch.Tensor]) -> torch.Tensor:
+        line = F.embedding(places[1], lines[index])
+        return line[..., 0] + line[..., 1] * places[0]
 
-    relevance = _ramps(a.unsqueeze(2) * a.unsqueeze(1), starts)
-    distance = _ramps(_overlap_distance(boxes), starts)
+    relevance = _places(a.unsqueeze(2) * a.unsqueeze(1))
+    distance = _places(_overlap_distance(boxes))
     dedup = f(3, relevance) * f(4, distance)
     unlike = (dedup.unsqueeze(3) - dedup.unsqueeze(2)).abs()
-    alike = f(2, _ramps(1.0 - (a.unsqueeze(2) - a.unsqueeze(1)).abs(), starts))
-    similar = alike * _product(f(2, _ramps(1.0 - unlike, starts)))
+    alike = f(2, _places(1.0 - (a.unsqueeze(2) - a.unsqueeze(1)).abs()))
+    similar = alike * _product(f(2, _places(1.0 - unlike)))
     rows = similar.sum(dim=2)
     edges = f(0, relevance) * f(1, distance) / (rows.unsqueeze(2) * rows.unsqueeze(1))
-    score = edges.sum(dim=(1, 2)) + (f(0, _ramps(a * a, starts)) / rows).sum(dim=1)
+    score = edges.sum(dim=(1, 2)) + (f(0, _places(a * a)) / rows).sum(dim=1)
     score = score.sqrt().clamp(max=float(a.shape[1])).unsqueeze(1)
-    doubt = (f(5, _ramps(a, starts)) - 0.5).abs().mean(dim=1) + (f(6, distance) - 0.5).abs().mean(dim=(1, 2))
-    return (1.0 - (score - levels).abs()).relu() * f(7, _ramps(doubt, starts)).unsqueeze(1)
+    doubt = (f(5, _places(a)) - 0.5).abs().mean(dim=1) + (f(6, distance) - 0.5).abs().mean(dim=(1, 2))
+    return (1.0 - (score - levels).abs()).relu() * f(7, _places(doubt)).unsqueeze(1)
 
 
 class Counter(nn.Module):
@@ -313,8 +313,7 @@ class Counter(nn.Module):
         ValueError: `objects` below 1.
     """
 
-    shares: torch.Tensor | None
-    starts: torch.Tensor
+    lines: torch.Tensor | None
     levels: torch.Tensor
 
     def __init__(self, objects: int = 10, already_sigmoided: bool = False) -> None:
@@ -324,8 +323,7 @@ class Counter(nn.Module):
         self.already_sigmoided = already_sigmoided
         self.f = nn.ModuleList(_PiecewiseLinear() for _ in range(16))
         self.step = Fp32Step(_count)
-        self.register_buffer("shares", None, persistent=False)
-        self.register_buffer("starts", torch.arange(_PIECES).float(), persistent=False)
+        self.register_buffer("lines", None, persistent=False)
         self.register_buffer("levels", torch.arange(objects + 1).float(), persistent=False)
 
     def forward(self, boxes: torch.Tensor, attention: torch.Tensor) -> torch.Tensor:
@@ -350,20 +348,23 @@ class Counter(nn.Module):
             )
         relevance, index = attention.topk(self.objects, dim=1)
         chosen = boxes.gather(2, index.unsqueeze(1).expand(-1, 4, -1))
-        shares = self._shares() if self.shares is None else self.shares
+        lines = self._lines() if self.lines is None else self.lines
         probability = relevance if self.already_sigmoided else relevance.sigmoid()
-        counts: torch.Tensor = self.step(chosen, probability, shares, self.starts, self.levels)
+        counts: torch.Tensor = self.step(chosen, probability, lines, self.levels)
         return counts
 
-    def _shares(self) -> torch.Tensor:
-        """Return the shares (8, 17) of the pieces of the functions in use."""
+    def _lines(self) -> torch.Tensor:
+        """Return, for the functions in use and every piece, its line in 16 x: offset and slope (8, 17, 2)."""
         weights = torch.stack([function.get_parameter("weight") for function in list(self.f)[:8]]).abs()
-        return weights / weights.sum(dim=1, keepdim=True)
+        shares = weights / weights.sum(dim=1, keepdim=True)
+        slopes = F.pad(shares[:, 1:], (0, 1))
+        pieces = torch.arange(_PIECES + 1, dtype=shares.dtype, device=shares.device)
+        return torch.stack([shares.cumsum(dim=1) - pieces * slopes, slopes], dim=2)
 
     def prepare_for_export(self) -> Counter:
-        """Return a copy with the shares of the functions in use, and no others."""
+        """Return a copy with the lines of the functions in use, and no parameters."""
         folded = copy.deepcopy(self)
-        folded.shares = self._shares().detach()
+        folded.lines = self._lines().detach()
         folded.f = nn.ModuleList()
         return folded
 
@@ -457,18 +458,17 @@ class BilinearAttentionNetwork(nn.Module):
 
     def _regions(self, v: torch.Tensor) -> torch.Tensor:
         """Return the regions' features for all glimpses (batch, regions, glimpses * num_hid)."""
-        visual = self._merged() if self.visual is None else self.visual
-        return torch.relu(F.linear(v, visual.weight, visual.bias))
+        return torch.relu(F.linear(v, *self._merged()) if self.visual is None else self.visual(v))
 
-    def _merged(self) -> nn.Linear:
-        """Return one layer for the regions' projections of all glimpses."""
-        layers = [net.get_submodule("v_net").linear for net in self.b_net]
-        return _linear(torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers]))
+    def _merged(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and bias of the regions' projections of all glimpses."""
+        layers = [net.v_net.linear for net in self.b_net if isinstance(net, BCNet)]
+        return torch.cat([layer.weight for layer in layers]), torch.cat([layer.bias for layer in layers])
 
     def prepare_for_export(self) -> BilinearAttentionNetwork:
         """Return a copy with one projection of the regions for all glimpses."""
         folded = copy.deepcopy(self)
-        folded.visual = self._merged()
+        folded.visual = _linear(*self._merged())
         for net in folded.b_net:
             del net.v_net
         return folded
@@ -493,7 +493,7 @@ def _network(arguments: Arguments, sizes: Sizes) -> int:
     glimpses: int = arguments["glimpses"]
     hidden: int = arguments["num_hid"]
     features = hidden * max(3 * sizes["regions"], 3 * sizes["words"] * glimpses, sizes["regions"] * glimpses)
-    return sizes["batch"] * max(features, glimpses * arguments["objects"] ** 3 * _PIECES)
+    return sizes["batch"] * max(features, 2 * glimpses * arguments["objects"] ** 3)
 
 
 def _sizes(*sizes: tuple[int, int, int]) -> tuple[Sizes, ...]:
@@ -618,7 +618,7 @@ BLOCKS.add(
                 overflow=Overflow(1.0, {"batch": 2, "regions": 7}),
             ),
         ),
-        largest=lambda arguments, sizes: sizes["batch"] * arguments["objects"] ** 3 * _PIECES,
+        largest=lambda arguments, sizes: 2 * sizes["batch"] * arguments["objects"] ** 3,
         precision=(
             "all of it but the choice of boxes stays in FP32: it is tiny, and the 1e-12 that keeps boxes without area "
             "from 0 / 0 is 0 in FP16"

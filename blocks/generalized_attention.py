@@ -206,8 +206,8 @@ class GeneralizedAttention(nn.Module):
         return folded
 
     def _per_head(self, values: torch.Tensor) -> torch.Tensor:
-        """Return M d numbers as (1, M, d, 1, 1)."""
-        return values.view(1, self.num_heads, self.head_channels, 1, 1)
+        """Return M d numbers as (1, M, 1, d)."""
+        return values.view(1, self.num_heads, 1, self.head_channels)
 
     def _key_weight(self) -> torch.Tensor:
         """Return the weight (M, C, 1, 1) of the convolution u . k, which a folded `key_conv` has."""
@@ -229,62 +229,62 @@ class GeneralizedAttention(nn.Module):
         """Return the gathered values (batch, M d, H, W) of the queries."""
         if self.q_stride > 1:
             x = x[:, :, :: self.q_stride, :: self.q_stride]
-        batch, _, height, width = x.shape
-        size, key_size = (height, width), source.shape[2:]
+        height, width = x.shape[2:]
         heads = (self.num_heads, self.head_channels)
         value = self.value_conv(source).unflatten(1, heads).flatten(3)
-        query = self.query_conv(x).unflatten(1, heads) if self.pairs or self.by_query else None
-        content, energies = None, []
+        query = None
+        if self.pairs or self.by_query:
+            query = self.query_conv(x).unflatten(1, heads).flatten(3).transpose(2, 3)
+        if self.core is not None:
+            content, key = self._content(query, source)
+            attended = self.core(content.transpose(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
+            return attended.view(-1, self.num_heads * self.head_channels, height, width)
+        size, key_size = (height, width), source.shape[2:]
+        energy = self._places(query, size, key_size)
         if self.pairs:
-            assert query is not None
-            content = query if self.appr_bias is None else query + self._per_head(self.appr_bias)
-            key = self.key_conv(source).unflatten(1, heads).flatten(3)
-            if self.core is not None:
-                attended = self.core(*(part.flatten(0, 1) for part in (content.flatten(3), key, value)))
-                return attended.view(-1, self.num_heads * self.head_channels, height, width)
-            energies.append(
-                torch.matmul(content.flatten(3).transpose(2, 3), key).unflatten(3, key_size).unflatten(2, size)
-            )
+            content, key = self._content(query, source)
+            energy = torch.matmul(content, key).unflatten(3, key_size).unflatten(2, size) + energy
         elif self.by_key:
-            energies.append(F.conv2d(source, self._key_weight())[:, :, None, None])
-        energies += self._places(query, size, key_size)
-        energy = energies[0]
-        for term in energies[1:]:
-            energy = energy + term
-        attention = energy.expand(batch, -1, height, width, -1, -1).flatten(4).flatten(2, 3).softmax(dim=3)
+            energy = energy + F.conv2d(source, self._key_weight())[:, :, None, None]
+        attention = energy.flatten(4).flatten(2, 3).softmax(dim=3)
         attended = torch.matmul(attention, value.transpose(2, 3)).transpose(2, 3)
         return attended.reshape(-1, self.num_heads * self.head_channels, height, width)
 
-    def _places(
-        self, query: torch.Tensor | None, size: tuple[int, int], keys: tuple[int, int]
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return, for each query, the energies of all rows and of all columns of keys.
+    def _content(self, query: torch.Tensor | None, source: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return q + u, without c q, (batch, M, positions, d), and the keys of a source, (batch, M, d, positions)."""
+        assert query is not None
+        key: torch.Tensor = self.key_conv(source).unflatten(1, (self.num_heads, self.head_channels)).flatten(3)
+        return query if self.appr_bias is None else query + self._per_head(self.appr_bias), key
+
+    def _places(self, query: torch.Tensor | None, size: tuple[int, int], keys: tuple[int, int]) -> torch.Tensor:
+        """Return the energies b and d of all pairs: one number per row of keys plus one per column.
 
         Args:
-            query: (batch, M, d, H, W), or None where the type has none.
+            query: (batch, M, H * W, d), or None where the type has none.
             size: H and W.
             keys: h and w.
 
         Returns:
-            (batch, M, H, W, h, 1) and (batch, M, H, W, 1, w), or what broadcasts to that.
+            (batch or 1, M or 1, H, W, h, w), `FAR` or less where a key is out of range.
         """
         if self.by_query or self.by_place:
             offset = self.geom_bias if self.offset is None else self.offset
             if offset is not None:
                 query = self._per_head(offset) if query is None or not self.by_query else query + self._per_head(offset)
             assert query is not None
+            query = query.unflatten(2, size if self.by_query else (1, 1))
             row_query = self._transposed(query, size) if self.transposed_query else query
             row_terms = self._relative(self.row_terms, self.appr_geom_fc_y, size[0], keys[0])
             column_terms = self._relative(self.column_terms, self.appr_geom_fc_x, size[1], keys[1])
-            by_row = torch.matmul(row_query.permute(0, 1, 3, 4, 2), row_terms.transpose(2, 3))
-            by_column = torch.matmul(query.permute(0, 1, 4, 3, 2), column_terms.transpose(2, 3)).transpose(2, 3)
+            by_row = torch.matmul(row_query, row_terms.transpose(2, 3))
+            by_column = torch.matmul(query.transpose(2, 3), column_terms.transpose(2, 3)).transpose(2, 3)
         else:
             by_row = by_column = self.zero
         if self.spatial_range >= 0:
             near_row, near_column = (self._near(*pair) for pair in zip(size, keys, strict=True))
             by_row = torch.where(near_row[:, None], by_row, FAR)
             by_column = torch.where(near_column, by_column, FAR)
-        return by_row.unsqueeze(5), by_column.unsqueeze(4)
+        return by_row.unsqueeze(5) + by_column.unsqueeze(4)
 
     @staticmethod
     def _transposed(query: torch.Tensor, size: tuple[int, int]) -> torch.Tensor:
@@ -296,7 +296,7 @@ class GeneralizedAttention(nn.Module):
                 f"generalised attention with transposed_query cannot take {size[0]}x{size[1]} queries: {_SQUARE}. Give "
                 "a square map, or transposed_query=False for the paper's definition."
             )
-        return query.transpose(3, 4)
+        return query.transpose(2, 3)
 
     def _relative(self, table: torch.Tensor | None, layer: nn.Linear | None, queries: int, keys: int) -> torch.Tensor:
         """Return p of one axis for all pairs of coordinates, (M, queries, keys, d)."""

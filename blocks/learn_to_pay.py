@@ -303,17 +303,17 @@ class AttentionHead(nn.Module):
         shift = None
         if feature is not None and self._uses_global():
             shift = F.linear(feature.flatten(1), _matrix(op)).unsqueeze(2).unsqueeze(3)
-        if projector is not None:
-            op = self._projected() if self.projected is None else self.projected
-        return op(local), shift
+        if projector is None:
+            return op(local), shift
+        if self.projected is None:
+            return F.conv2d(local, self._projected()), shift
+        return self.projected(local), shift
 
-    def _projected(self) -> nn.Conv2d:
-        """Return the convolution by W^T u, which gives level 1 its energy without projecting it."""
+    def _projected(self) -> torch.Tensor:
+        """Return W^T u (1, local_channels, 1, 1), which gives level 1 its energy without projecting it."""
         assert self.projector is not None
         vector = torch.matmul(_matrix(self.get_submodule("attn1.op")), _matrix(self.projector.op))
-        op = nn.Conv2d(vector.shape[1], 1, kernel_size=1, bias=False)
-        op.weight = nn.Parameter(vector.detach().unsqueeze(2).unsqueeze(3))
-        return op
+        return vector.unsqueeze(2).unsqueeze(3)
 
     def _scores(self, features: list[torch.Tensor]) -> torch.Tensor:
         """Return the class scores of the features of each level."""
@@ -327,7 +327,9 @@ class AttentionHead(nn.Module):
         """Return a copy with products of weights computed, without layers whose result no output needs."""
         folded = copy.deepcopy(self)
         if self.vectors and self.projector is not None:
-            folded.projected = self._projected()
+            vector = self._projected().detach()
+            folded.projected = nn.Conv2d(vector.shape[1], 1, kernel_size=1, bias=False)
+            folded.projected.weight = nn.Parameter(vector)
         if self.independent and self.classify is None:
             layers = [getattr(folded, f"classify{level}") for level in LEVELS]
             weight = torch.cat([layer.weight.detach() for layer in layers], dim=1)
@@ -366,7 +368,7 @@ class AttnVGG(AttentionHead):
         num_classes: number of classes.
         normalize_attn: see `LinearAttentionBlock`.
         before: attend in front of the pooling of each level (`model1.py`), otherwise behind it (`model2.py`).
-        width: channels of the first block, 64 in the port.
+        base_channels: channels of the first block, 64 in the port.
         return_maps: return the compatibilities too.
 
     Raises:
@@ -379,21 +381,23 @@ class AttnVGG(AttentionHead):
         num_classes: int = 100,
         normalize_attn: bool = True,
         before: bool = True,
-        width: int = 64,
+        base_channels: int = 64,
         return_maps: bool = True,
     ) -> None:
-        super().__init__(4 * width, 8 * width, num_classes, normalize_attn=normalize_attn, return_maps=return_maps)
+        super().__init__(
+            4 * base_channels, 8 * base_channels, num_classes, normalize_attn=normalize_attn, return_maps=return_maps
+        )
         if im_size < 32 or im_size % 32:
             raise ValueError(f"im_size has to be a multiple of 32, got {im_size}: the network halves it five times")
         self.im_size = im_size
         self.before = before
-        self.conv_block1 = _conv_block(3, width, 2)
-        self.conv_block2 = _conv_block(width, 2 * width, 2)
-        self.conv_block3 = _conv_block(2 * width, 4 * width, 3)
-        self.conv_block4 = _conv_block(4 * width, 8 * width, 3)
-        self.conv_block5 = _conv_block(8 * width, 8 * width, 3)
-        self.conv_block6: nn.Module | None = _conv_block(8 * width, 8 * width, 2, pool=True)
-        self.dense: nn.Module | None = nn.Conv2d(8 * width, 8 * width, kernel_size=im_size // 32)
+        self.conv_block1 = _conv_block(3, base_channels, 2)
+        self.conv_block2 = _conv_block(base_channels, 2 * base_channels, 2)
+        self.conv_block3 = _conv_block(2 * base_channels, 4 * base_channels, 3)
+        self.conv_block4 = _conv_block(4 * base_channels, 8 * base_channels, 3)
+        self.conv_block5 = _conv_block(8 * base_channels, 8 * base_channels, 3)
+        self.conv_block6: nn.Module | None = _conv_block(8 * base_channels, 8 * base_channels, 2, pool=True)
+        self.dense: nn.Module | None = nn.Conv2d(8 * base_channels, 8 * base_channels, kernel_size=im_size // 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:  # type: ignore[override]
         """Classify images.
@@ -647,14 +651,16 @@ BLOCKS.add(
         variants=(
             Variant(
                 "before",
-                {"width": 4, "num_classes": 7},
-                references={"l2pa_vgg_before": {"width": 4, "num_classes": 7}},
+                {"base_channels": 4, "num_classes": 7},
+                references={"l2pa_vgg_before": {"base_channels": 4, "num_classes": 7}},
                 fixed=_FIXED,
             ),
             Variant(
                 "after-scores",
-                {"width": 4, "num_classes": 7, "before": False, "return_maps": False},
-                references={"l2pa_vgg_after": {"width": 4, "num_classes": 7, "before": False, "return_maps": False}},
+                {"base_channels": 4, "num_classes": 7, "before": False, "return_maps": False},
+                references={
+                    "l2pa_vgg_after": {"base_channels": 4, "num_classes": 7, "before": False, "return_maps": False}
+                },
                 published=Published(
                     _CIFAR, {"before": False, "return_maps": False}, {"batch": 1, "height": 32, "width": 32}
                 ),
@@ -662,7 +668,7 @@ BLOCKS.add(
             ),
         ),
         largest=lambda arguments, sizes: (
-            4 * int(arguments["width"]) * sizes["batch"] * sizes["height"] * sizes["width"]
+            4 * int(arguments["base_channels"]) * sizes["batch"] * sizes["height"] * sizes["width"]
         ),
         precision=_SOFTMAX,
         int8="the convolutions of the network; those by u stay, as their one channel of energies decides all weights",

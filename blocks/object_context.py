@@ -566,7 +566,9 @@ BLOCKS.add(
                 {"features": 6, "out_features": 4, "dilations": (2, 3, 5)},
                 listings={"ocnet_asp": {"features": 2048, "out_features": 256}},
                 published=Published(_NETWORK, {"features": 512, "out_features": 256}, _MAP),
-                overflow=Overflow(300.0, {"batch": 1, "height": 5, "width": 7}),
+                overflow=Overflow(
+                    100.0, {"batch": 1, "height": 8, "width": 9}, {"out_features": 8}, {r"f_key\.1\.weight": 20.0}
+                ),
             ),
         ),
         largest=lambda arguments, sizes: _largest(

@@ -344,7 +344,6 @@ _PRECISION = (
     "FP32; sigmoid and weighted sum, which is a mean of the branches, run in FP16"
 )
 _INT8 = "the convolutions of the branches; the layers of the pooled vector cost nothing and stay in floating point"
-_HIGH = {"batch": 1, "height": 5, "width": 7}
 
 BLOCKS.add(
     BlockSpec(
@@ -366,7 +365,11 @@ BLOCKS.add(
                     {"in_channels": 256, "groups": 32, **_OFFICIAL},
                     {"batch": 1, "height": 28, "width": 28},
                 ),
-                overflow=Overflow(40000.0, _HIGH, state={r"bn\.bias": 1.0}),
+                overflow=Overflow(
+                    80.0,
+                    {"batch": 1, "height": 12, "width": 16},
+                    state={r"paths\.\d\.bn\.weight": 200.0, "fc_reduce": 1e-3},
+                ),
             ),
             Variant(
                 "timm",

@@ -209,13 +209,12 @@ class ShowAttendTell(nn.Module):
             which is the softmax also where hard attention takes one position.
         """
         size, seen = self.decoder_dim, self.attention_dim
-        from_state = self._from_state() if self.from_state is None else self.from_state
-        from_input = self._from_input() if self.from_input is None else self.from_input
-        projected = F.linear(h, from_state.weight, from_state.bias)
+        projected = F.linear(h, *self._from_state()) if self.from_state is None else self.from_state(h)
         z, alpha = self._attend(features, keys, projected[:, :seen])
         z = projected[:, seen : seen + self.gates].sigmoid() * z
         recurrent = projected[:, seen + self.gates :]
-        gates = F.linear(torch.cat([word, z], dim=1), from_input.weight, from_input.bias) + recurrent
+        given = torch.cat([word, z], dim=1)
+        gates = self._from_input(given) + recurrent
         sigmoids = gates[:, : 2 * size].sigmoid()
         cell = sigmoids[:, size:] * c + sigmoids[:, :size] * gates[:, 2 * size : 3 * size].tanh()
         state = gates[:, 3 * size :].sigmoid() * cell.tanh()
@@ -235,24 +234,26 @@ class ShowAttendTell(nn.Module):
         index = position.unsqueeze(2).expand(-1, -1, self.encoder_dim)
         return features.gather(1, index).squeeze(1), alpha
 
-    def _from_state(self) -> nn.Linear:
-        """Return one layer for all that the state is multiplied with: attention, gate, LSTM."""
-        attention, gate, lstm = self.attention.decoder_att, self.f_beta, self.decode_step
-        return _linear(
-            torch.cat([attention.weight, gate.weight, lstm.weight_hh]),
-            torch.cat([attention.bias, gate.bias, lstm.bias_hh]),
-        )
+    def _from_input(self, given: torch.Tensor) -> torch.Tensor:
+        """Return what the LSTM's input (batch, embed_dim + encoder_dim) adds to its gates."""
+        if self.from_input is not None:
+            return self.from_input(given)
+        return F.linear(given, self.decode_step.weight_ih, self.decode_step.bias_ih)
 
-    def _from_input(self) -> nn.Linear:
-        """Return the layer of the LSTM's input."""
-        return _linear(self.decode_step.weight_ih, self.decode_step.bias_ih)
+    def _from_state(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return weight and bias of all that the state is multiplied with: attention, gate, LSTM."""
+        attention, gate, lstm = self.attention.decoder_att, self.f_beta, self.decode_step
+        weight = torch.cat([attention.weight, gate.weight, lstm.weight_hh])
+        return weight, torch.cat([attention.bias, gate.bias, lstm.bias_hh])
 
     def prepare_for_export(self) -> ShowAttendTell:
         """Return a copy with one matrix for the state, without the bias that cancels."""
         folded = copy.deepcopy(self)
-        folded.from_state, folded.from_input = self._from_state(), self._from_input()
+        weight, bias = self._from_state()
+        folded.from_state = _linear(weight, bias)
+        folded.from_input = _linear(self.decode_step.weight_ih, self.decode_step.bias_ih)
         del folded.attention.decoder_att, folded.f_beta, folded.decode_step
-        folded.attention.full_att.bias = None
+        folded.attention.full_att.register_parameter("bias", None)
         return folded
 
 

@@ -231,7 +231,6 @@ _PRECISION = (
     "FP32; sigmoid and weighted sum, which is a mean of the splits, run in FP16"
 )
 _INT8 = "the convolution in front of the splits; the layers of the pooled vector cost nothing and stay floating point"
-_HIGH = {"batch": 1, "height": 5, "width": 7}
 _RECORDED = {"in_channels": 8, "channels": 8}
 _RECORDED_BLOCK = {"inplanes": 12, "planes": 4}
 
@@ -276,7 +275,9 @@ BLOCKS.add(
                     "resnest_splat_r4": {**_RECORDED, "groups": 2, "radix": 4},
                     "timm_splat_r4": {**_RECORDED, "radix": 4},
                 },
-                overflow=Overflow(40000.0, _HIGH),
+                overflow=Overflow(
+                    120.0, {"batch": 1, "height": 5, "width": 7}, state={r"bn0\.weight": 200.0, "fc1": 1e-3}
+                ),
             ),
         ),
         largest=_splits,

@@ -10,7 +10,7 @@ from edgeattn.export.to_onnx import prepare_for_export, to_onnx
 from edgeattn.foundation import UserError
 from edgeattn.validation.randomise import randomise
 
-SMALL = {"width": 4, "num_classes": 5}
+SMALL = {"base_channels": 4, "num_classes": 5}
 
 
 def parameters(module: torch.nn.Module) -> int:

@@ -173,6 +173,22 @@ def test_criss_cross_sees_its_own_cross_and_nothing_else(height, width):
     assert torch.equal(seen, expected)
 
 
+@pytest.mark.parametrize(("height", "width"), [(3, 4), (1, 5), (4, 1), (1, 1)])
+def test_criss_cross_by_explicit_sums(height, width):
+    attention = filled(CrissCrossAttention(16))
+    x = torch.randn(2, 16, height, width, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+    query, key, value = attention.query_conv(x), attention.key_conv(x), attention.value_conv(x)
+    expected = torch.zeros_like(x)
+    for row in range(height):
+        for column in range(width):
+            cross = [(other, column) for other in range(height) if other != row]
+            cross += [(row, other) for other in range(width)]
+            weights = [(query[:, :, row, column] * key[:, :, i, j]).sum(dim=1, keepdim=True).exp() for i, j in cross]
+            attended = sum(weight * value[:, :, i, j] for weight, (i, j) in zip(weights, cross, strict=True))
+            expected[:, :, row, column] = attention.gamma * attended / sum(weights) + x[:, :, row, column]
+    assert_same(attention(x), expected.detach().numpy())
+
+
 @pytest.mark.parametrize("affinity", ["vanilla", "symmetric", "channelwise"])
 @pytest.mark.parametrize("gate", [True, False])
 def test_co_attention_by_explicit_sums(affinity, gate):

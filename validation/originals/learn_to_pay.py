@@ -191,7 +191,7 @@ class AttnVGG(AttentionHead):
         num_classes: classes.
         normalize_attn: softmax or sigmoid.
         before: attention before or after pooling.
-        width: channels of block 1.
+        base_channels: channels of block 1.
         return_maps: return c as well.
     """
 
@@ -201,18 +201,20 @@ class AttnVGG(AttentionHead):
         num_classes: int = 100,
         normalize_attn: bool = True,
         before: bool = True,
-        width: int = 64,
+        base_channels: int = 64,
         return_maps: bool = True,
     ) -> None:
-        super().__init__(width * 4, width * 8, num_classes, normalize_attn=normalize_attn, return_maps=return_maps)
+        super().__init__(
+            base_channels * 4, base_channels * 8, num_classes, normalize_attn=normalize_attn, return_maps=return_maps
+        )
         self.before = before
-        self.conv_block1 = _convs(3, width, 2)
-        self.conv_block2 = _convs(width, width * 2, 2)
-        self.conv_block3 = _convs(width * 2, width * 4, 3)
-        self.conv_block4 = _convs(width * 4, width * 8, 3)
-        self.conv_block5 = _convs(width * 8, width * 8, 3)
-        self.conv_block6 = _convs(width * 8, width * 8, 2, pool=True)
-        self.dense = nn.Conv2d(width * 8, width * 8, im_size // 32)
+        self.conv_block1 = _convs(3, base_channels, 2)
+        self.conv_block2 = _convs(base_channels, base_channels * 2, 2)
+        self.conv_block3 = _convs(base_channels * 2, base_channels * 4, 3)
+        self.conv_block4 = _convs(base_channels * 4, base_channels * 8, 3)
+        self.conv_block5 = _convs(base_channels * 8, base_channels * 8, 3)
+        self.conv_block6 = _convs(base_channels * 8, base_channels * 8, 2, pool=True)
+        self.dense = nn.Conv2d(base_channels * 8, base_channels * 8, im_size // 32)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor | tuple[torch.Tensor, ...]:  # type: ignore[override]
         """Return scores and, if asked for, the three maps of c, from images (B, 3, im_size, im_size)."""
