@@ -239,7 +239,7 @@ class GeneralizedAttention(nn.Module):
             content, key = self._content(query, source)
             attended = self.core(content.transpose(2, 3).flatten(0, 1), key.flatten(0, 1), value.flatten(0, 1))
             return attended.view(-1, self.num_heads * self.head_channels, height, width)
-        size, key_size = (height, width), source.shape[2:]
+        size, key_size = (height, width), (source.shape[2], source.shape[3])
         energy = self._places(query, size, key_size)
         if self.pairs:
             content, key = self._content(query, source)

@@ -50,10 +50,10 @@ def test_spatial_range_equals_the_published_map(kind: str, q_stride: int, reach:
     assert torch.allclose(prepare_for_export(block)(x), original(x), rtol=0, atol=1e-12)
 
 
-def test_range_of_0_has_one_block_of_keys() -> None:
+def test_range_reaches_one_pixel_further_down_and_right() -> None:
     """With keys at every pixel, range 0 lets a pixel see itself and the next one down and right."""
-    near = GeneralizedAttention(256, num_heads=1, spatial_range=0, kv_stride=1)._near(4, 4)
-    assert torch.equal(near, torch.eye(4, dtype=torch.bool) | torch.eye(5, dtype=torch.bool)[:4, 1:])
+    near = GeneralizedAttention(512, num_heads=1, spatial_range=0, kv_stride=1)._near(4, 4)
+    assert torch.equal(near, torch.eye(4, dtype=torch.bool) | torch.eye(5, dtype=torch.bool)[1:, :4])
 
 
 def test_published_code_transposes_queries_of_types_with_b_but_not_d() -> None:
@@ -62,9 +62,9 @@ def test_published_code_transposes_queries_of_types_with_b_but_not_d() -> None:
     paper.load_state_dict(block.state_dict())
     x = torch.randn(1, 12, 4, 4, dtype=torch.float64)
     assert (block(x) - paper(x)).abs().max() > 1e-2
-    with pytest.raises(UserError, match="4x6 queries.*transposed_query=False"):
+    with pytest.raises(UserError, match=r"4x6 queries.*transposed_query=False"):
         block(torch.zeros(1, 12, 4, 6, dtype=torch.float64))
-    with pytest.raises(UserError, match="height.*cannot be dynamic"):
+    with pytest.raises(UserError, match=r"height.*cannot be dynamic"):
         to_onnx(
             block.float(),
             (torch.randn(2, 12, 4, 4),),
@@ -102,7 +102,7 @@ def test_heads_need_not_fill_the_channels() -> None:
 def test_prepared_block_refuses_a_map_beyond_its_tables() -> None:
     prepared = GeneralizedAttention(12, num_heads=2, export_size=6).eval().prepare_for_export()
     prepared(torch.zeros(1, 12, 6, 5))
-    with pytest.raises(UserError, match="at most 6 pixels.*export_size=7"):
+    with pytest.raises(UserError, match=r"at most 6 pixels.*export_size=7"):
         prepared(torch.zeros(1, 12, 7, 5))
 
 

@@ -31,7 +31,7 @@ def test_sizes_that_runtimes_round_differently_are_gathered(size: int) -> None:
 
 
 def test_resize_stands_where_rounding_cannot_matter() -> None:
-    assert all(_unambiguous(size, size // 4) for size in (4, 7, 14, 28, 56, 112, 25, 50 + 7))
+    assert all(_unambiguous(size, size // 4) for size in (4, 7, 14, 28, 56, 57, 112))
     assert not _unambiguous(10, 2)
 
 
@@ -64,7 +64,7 @@ def test_nothing_is_rectified_inside_and_only_the_last_convolution_strides() -> 
 
 @pytest.mark.parametrize("shape", [(1, 4, 3, 8), (1, 4, 8, 3)])
 def test_a_map_below_the_pool_is_refused(shape: tuple[int, ...]) -> None:
-    with pytest.raises(UserError, match="4x4 pixels.*larger image"):
+    with pytest.raises(UserError, match=r"4x4 pixels.*larger image"):
         SCConv(4, 4)(torch.zeros(shape))
 
 
