@@ -340,13 +340,11 @@ def _convolution(weight: torch.Tensor, bias: torch.Tensor | None = None) -> nn.C
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
-    """Return the elements of the largest of the attention, the positional terms of all pairs, and the values."""
+    """Return the elements of the larger of the attention and the positional projections of all pairs of an axis."""
     kv_stride, q_stride = arguments.get("kv_stride", 2), arguments.get("q_stride", 1)
-    height, width = sizes["height"], sizes["width"]
-    rows, columns = -(-height // kv_stride), -(-width // kv_stride)
-    queries, keys = -(-height // q_stride) * -(-width // q_stride), rows * columns
-    places = max(queries * max(rows, columns), arguments["in_channels"] * 10)
-    return sizes["batch"] * max(arguments["num_heads"] * max(queries * keys, places), arguments["in_channels"] * keys)
+    pairs = [-(-sizes[axis] // q_stride) * -(-sizes[axis] // kv_stride) for axis in ("height", "width")]
+    heads: int = arguments["num_heads"]
+    return max(sizes["batch"] * heads * math.prod(pairs), arguments["in_channels"] * max(pairs))
 
 
 _SMALL: Arguments = {"in_channels": 16, "num_heads": 3}

@@ -418,6 +418,11 @@ BLOCKS.add(
                 "three",
                 {"features": 8, "groups": 2, "branches": 3, "stride": 2},
                 references={"skconv_three": {"features": 8, "groups": 2, "branches": 3, "stride": 2, "minimum": 4}},
+                overflow=Overflow(
+                    185.0,
+                    {"batch": 1, "height": 10, "width": 14},
+                    state={r"convs\.\d\.1\.weight": 200.0, r"fc\.weight": 1e-3},
+                ),
             ),
         ),
         largest=_branches,

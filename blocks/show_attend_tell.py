@@ -267,7 +267,7 @@ def _linear(weight: torch.Tensor, bias: torch.Tensor) -> nn.Linear:
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
-    """Return the elements of the largest of what is compared, the state's projections and the weights in use."""
+    """Return the elements of the larger of what is compared and the projections of the state."""
     projected = arguments["attention_dim"] + arguments["encoder_dim"] + 4 * arguments["decoder_dim"]
     return sizes["batch"] * int(max(sizes["positions"] * arguments["attention_dim"], projected))
 

@@ -79,7 +79,9 @@ def test_low_level_map_may_have_another_size() -> None:
 
 def shared_state(name: str, query: str, key: str) -> dict[str, torch.Tensor]:
     """Return the recorded parameters; those of the one projection were drawn under the query's names."""
-    keys: Mapping[str, list[int]] = json.loads((REFERENCES / f"{name}.json").read_text())["keys"]
+    keys: Mapping[str, list[int]] = json.loads((REFERENCES / "provenance.json").read_text())["files"][f"{name}.npz"][
+        "keys"
+    ]
     state = {}
     for entry, shape in keys.items():
         drawn_as = entry.replace(key, query)

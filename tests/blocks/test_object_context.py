@@ -42,7 +42,7 @@ def rule(key: str, shape: list[int]) -> torch.Tensor:
 
 @pytest.mark.parametrize("name", RECORDED)
 def test_public_implementation_computes_the_same(name: str) -> None:
-    keys = json.loads((REFERENCES / f"{name}.json").read_text())["keys"]
+    keys = json.loads((REFERENCES / "provenance.json").read_text())["files"][f"{name}.npz"]["keys"]
     state = {key: rule(key, shape) for key, shape in keys.items()}
     cls, arguments = RECORDED[name]
     block = {"BaseOC": BaseOC, "PyramidOC": PyramidOC, "ASPOC": ASPOC}[cls](**arguments)

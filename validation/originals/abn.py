@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 from torch import nn
+from torch.nn import functional as F
 
 
 class ABN(nn.Module):
@@ -45,8 +46,6 @@ class ABN(nn.Module):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Apply the layer to x (B, C, H, W); the result has the same shape."""
-        mean, variance, scale, shift = (
-            vector[None, :, None, None] for vector in (self.running_mean, self.running_var, self.weight, self.bias)
-        )
-        y = (scale.abs() + self.eps) * (x - mean) / torch.sqrt(variance + self.eps) + shift
-        return torch.where(y < 0, self.slope * y, y) if self.activation == "leaky_relu" else y
+        weight = self.weight.abs() + self.eps
+        y = F.batch_norm(x, self.running_mean, self.running_var, weight, self.bias, eps=self.eps)
+        return F.leaky_relu(y, self.slope) if self.activation == "leaky_relu" else y
