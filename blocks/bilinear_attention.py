@@ -21,12 +21,9 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgeattn.blocks.precision import Fp32Step
+from edgeattn.blocks.precision import LOWEST, Fp32Step
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.foundation import UserError
-
-FORBIDDEN = -65504.0
-"""Logit of a padded region: the lowest finite number of FP16, whose softmax is 0."""
 
 MAX_MAPS = 32
 """Up to this many outputs, a bilinear network stores `h_mat`; beyond, the linear layer `h_net`."""
@@ -238,7 +235,7 @@ class BiAttention(nn.Module):
         Returns:
             Attention and masked logits, each (batch, glimpse, regions, words).
         """
-        logits = self.logits(v, q).masked_fill(mask.bool().unsqueeze(1).unsqueeze(3), FORBIDDEN)
+        logits = self.logits(v, q).masked_fill(mask.bool().unsqueeze(1).unsqueeze(3), LOWEST)
         return logits.flatten(2).softmax(dim=2).view(logits.shape), logits
 
 

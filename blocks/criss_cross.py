@@ -13,10 +13,8 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.core import AttentionCore
+from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
-
-LOWEST = -65504.0
-"""Energy of a masked position: the lowest finite FP16 number, so no precision meets an infinity."""
 
 
 class CrissCrossCore(AttentionCore):

@@ -16,7 +16,8 @@ import copy
 import torch
 from torch import nn
 
-from edgeattn.blocks.criss_cross import CCNET, LOWEST
+from edgeattn.blocks.criss_cross import CCNET
+from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, TensorInput, Variant
 
 

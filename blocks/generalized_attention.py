@@ -25,6 +25,7 @@ from torch import nn
 
 from edgeattn.blocks.fixed_size import require_static
 from edgeattn.blocks.pixel_attention import PixelAttentionCore
+from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.foundation import UserError
 
@@ -32,9 +33,6 @@ MAP_SIZES = {256: 84, 512: 42}
 """Side of `local_constraint_map` by channels of the input, as the published code has it."""
 
 WAVELENGTH = 1000.0
-FAR = -65504.0
-"""Energy of a row or column of keys out of range, the lowest FP16 number."""
-
 _SQUARE = "the published code takes the transposed query for the rows, which needs a square map"
 
 
@@ -265,7 +263,7 @@ class GeneralizedAttention(nn.Module):
             keys: h and w.
 
         Returns:
-            (batch or 1, M or 1, H, W, h, w), `FAR` or less where a key is out of range.
+            (batch or 1, M or 1, H, W, h, w), `LOWEST` or less where a key is out of range.
         """
         if self.by_query or self.by_place:
             offset = self.geom_bias if self.offset is None else self.offset
@@ -282,8 +280,8 @@ class GeneralizedAttention(nn.Module):
             by_row = by_column = self.zero
         if self.spatial_range >= 0:
             near_row, near_column = (self._near(*pair) for pair in zip(size, keys, strict=True))
-            by_row = torch.where(near_row[:, None], by_row, FAR)
-            by_column = torch.where(near_column, by_column, FAR)
+            by_row = torch.where(near_row[:, None], by_row, LOWEST)
+            by_column = torch.where(near_column, by_column, LOWEST)
         return by_row.unsqueeze(5) + by_column.unsqueeze(4)
 
     @staticmethod

@@ -24,11 +24,8 @@ from functools import partial
 import torch
 from torch import nn
 
-from edgeattn.blocks.precision import Fp32Step
+from edgeattn.blocks.precision import LOWEST, Fp32Step
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
-
-FORBIDDEN = -65504.0
-"""Score of a position that may not be attended: the lowest number that FP16 holds."""
 
 SCORES: Mapping[str, Mapping[str, tuple[int, ...]]] = {
     "dot": {},
@@ -161,7 +158,7 @@ class _Attention(nn.Module):
     ) -> torch.Tensor:
         """Return the weights of the scores (batch, targets, length)."""
         if self.monotonic is None and self.predictive is None:
-            return (scores if mask is None else scores.masked_fill(mask[:, None], FORBIDDEN)).softmax(dim=2)
+            return (scores if mask is None else scores.masked_fill(mask[:, None], LOWEST)).softmax(dim=2)
         if mask is None:
             mask = torch.zeros(scores.shape[0], scores.shape[2], dtype=torch.bool, device=scores.device)
         gaussian = None
@@ -172,7 +169,7 @@ class _Attention(nn.Module):
             inside, gaussian = self.predictive(query, self.get_parameter("W_pos"), self.get_parameter("v_pos"), mask)
             if self.gaussian_first:
                 scores, gaussian = scores * gaussian, None
-        weights = torch.where(inside, scores, FORBIDDEN).softmax(dim=2)
+        weights = torch.where(inside, scores, LOWEST).softmax(dim=2)
         if gaussian is not None:
             weights = weights * gaussian
         return torch.where(inside, weights, 0.0)

@@ -23,7 +23,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from edgeattn.blocks.criss_cross import LOWEST
+from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 
 Affine = tuple[torch.Tensor, torch.Tensor | None]

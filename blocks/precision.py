@@ -1,4 +1,4 @@
-"""`Fp32Step`: the mark of a step that an FP16 model computes in FP32."""
+"""What keeps blocks finite in FP16: the mark of steps that stay in FP32, and the energy of a masked position."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ from collections.abc import Callable
 
 import torch
 from torch import nn
+
+LOWEST = -65504.0
+"""Energy of what must not be attended to: the lowest finite FP16 number, so that no precision meets an infinity."""
 
 
 class Fp32Step(nn.Module):

@@ -27,11 +27,9 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.foundation import UserError
-
-FORBIDDEN = -65504.0
-"""Energy of a position that may not be attended: the lowest number that FP16 holds."""
 
 MODES = ("dense", "random", "factorized_dense", "factorized_random", "mixture", "low_rank")
 """Forms of the energies of `Synthesizer`."""
@@ -371,7 +369,7 @@ class SynthesizerHeads(nn.Module):
         else:
             energies = self._energies(x, length)
             if mask is not None:
-                energies = energies.masked_fill(mask[:, None, None], FORBIDDEN)
+                energies = energies.masked_fill(mask[:, None, None], LOWEST)
             weights = energies.softmax(dim=3)
         heads = torch.matmul(weights, value)
         return torch.matmul(heads.transpose(1, 2).flatten(2), self.output)
@@ -453,7 +451,7 @@ class DenseSynthesizerLayer(nn.Module):
             hidden = self.attention["w_1"](self._split(self.w_qs(x)))
         energies = _first_outputs(self.attention["w_2"], hidden.relu(), length)
         if mask is not None:
-            energies = energies.masked_fill(mask[:, None, None], FORBIDDEN)
+            energies = energies.masked_fill(mask[:, None, None], LOWEST)
         weights = energies.softmax(dim=3)
         heads = torch.matmul(weights, self._split(self.w_vs(x)))
         return self.layer_norm(self.fc(heads.transpose(1, 2).flatten(2)) + x), weights

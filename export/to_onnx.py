@@ -13,6 +13,7 @@ import onnx
 import torch
 from torch import nn
 
+from edgeattn.export.exact_rules import make_no_op_rules_exact
 from edgeattn.export.metadata import NAME_SCOPES
 from edgeattn.export.opaque import hide_cores, translation_table
 from edgeattn.export.opsets import DEFAULT_OPSET, IR_VERSION
@@ -127,6 +128,7 @@ def to_onnx(
         produced = wrapped(*example)  # registers the opaque operators
     if len(produced) != len(output_names):
         raise UserError(f"the model gives {len(produced)} outputs, but these names were given: {list(output_names)}.")
+    make_no_op_rules_exact()
     with _quiet(), wrapped.refusals.raised(), torch.no_grad():
         program = torch.onnx.export(
             wrapped,

@@ -102,3 +102,22 @@ def test_a_refused_dynamic_axis_is_an_error_and_not_a_wrong_graph() -> None:
     with pytest.raises(UserError, match="height of the demonstration cannot be dynamic: it is fixed by a weight"):
         to_onnx(FixedHeight(), [x], **names, dynamic_axes=[{2: "height"}])
     assert to_onnx(FixedHeight(), [x], **names, dynamic_axes=[{0: "batch", 3: "width"}])
+
+
+class NearNothing(nn.Module):
+    """Operations that the exporter's optimiser takes for none, and some that are none."""
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        return x / (x.abs().sum() + 1e-12), x * 1.000004, x / 0.999996, (x - 3e-9) * 2, (x + 0.0) * 1.0 / 3.0
+
+
+def test_small_constants_are_not_optimised_away() -> None:
+    x = torch.zeros(2, 3)
+    names = [f"y{index}" for index in range(5)]
+    proto = to_onnx(NearNothing(), [x], input_names=["x"], output_names=names)
+    operators = [node.op_type for node in proto.graph.node]
+    assert operators.count("Mul") + operators.count("Div") == 5  # the last output keeps its division only
+    assert operators.count("Add") + operators.count("Sub") == 2
+    session = onnxruntime.InferenceSession(proto.SerializeToString(), providers=["CPUExecutionProvider"])
+    for actual, expected in zip(session.run(None, {"x": x.numpy()}), NearNothing()(x), strict=True):
+        torch.testing.assert_close(torch.from_numpy(actual), expected, rtol=1e-7, atol=0)
