@@ -335,6 +335,7 @@ BLOCKS.add(
         variants=(
             Variant("official", _SMALL, published=_PUBLISHED, overflow=Overflow(600.0, SEQUENCE_SIZES[0])),
             Variant("norm-first", {**_SMALL, "norm_first": True, "causal": True, "bias": False}),
+            Variant("gelu", {**_SMALL, "activation": "gelu"}),
             Variant(
                 "jadore",
                 {**_SMALL, **_JADORE},
