@@ -29,8 +29,8 @@ GAMMA = 1e-4
 
 
 def _dot_product(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, *, scale: float) -> torch.Tensor:
-    """Return (phi . g) theta of flat groups (batch, groups, M)."""
-    return theta * (scale * (phi * g).sum(dim=2, keepdim=True))
+    """Return (phi . g) theta of flat groups (batch, groups, M); the products of phi and g are not stored."""
+    return theta * (scale * torch.matmul(phi[:, :, None], g[..., None])[..., 0])
 
 
 def _gaussian(theta: torch.Tensor, phi: torch.Tensor, g: torch.Tensor, *, scale: float, order: int) -> torch.Tensor:
