@@ -24,6 +24,7 @@ docs: .venv/ready
 	$(BIN)/python -c "from edgeattn.blocks.catalogue import catalogue; print(catalogue(), end='')" > docs/blocks.md
 
 bench: .venv/ready
+	$(BIN)/python benchmarks/blocks.py
 	$(BIN)/python benchmarks/criss_cross_forms.py
 	$(BIN)/python benchmarks/rewrite_chain.py
 	$(BIN)/python benchmarks/official_size.py

@@ -333,7 +333,7 @@ def test_inlining_leaves_quantisation_and_large_weights_alone():
 @pytest.mark.parametrize("spec", PLUGINS, ids=lambda spec: spec.name)
 def test_every_operation_can_be_inlined(spec):
     shapes = {"batch": 2, "head_channels": 3, "channels": 4, "1": 1, "height": 5, "width": 7}
-    shapes |= {"height_a": 5, "width_a": 7, "height_b": 4, "width_b": 3}
+    shapes |= {"height_a": 5, "width_a": 7, "height_b": 4, "width_b": 3, "queries": 9, "keys": 6}
     values = [
         helper.make_tensor_value_info(tensor.name, TensorProto.FLOAT, [shapes[axis] for axis in tensor.shape])
         for tensor in (*spec.inputs, *spec.outputs)
