@@ -229,10 +229,13 @@ def exported(name: str, variant_name: str, *, dynamic: bool) -> tuple[torch.nn.M
     return block, original, model.SerializeToString()
 
 
+def session_of(model: onnx.ModelProto) -> onnxruntime.InferenceSession:
+    return onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+
+
 def run_onnx(
-    spec: BlockSpec, variant: Variant, model: onnx.ModelProto, inputs: tuple[torch.Tensor, ...]
+    spec: BlockSpec, variant: Variant, session: onnxruntime.InferenceSession, inputs: tuple[torch.Tensor, ...]
 ) -> list[torch.Tensor]:
-    session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
     names = [entry.name for entry in spec.inputs_of(variant)]
     read = {entry.name for entry in session.get_inputs()}
     feed = {name: tensor.numpy() for name, tensor in zip(names, inputs, strict=True) if name in read}
@@ -247,10 +250,11 @@ def test_dynamic_export_runs_at_other_sizes(spec: BlockSpec, variant: Variant) -
     found = {node.op_type for node in plain.graph.node}
     assert found <= OPERATORS, found - OPERATORS
     for form in (model, plain) if model.functions else (model,):
+        session = session_of(form)
         for seed, sizes in enumerate(spec.sizes_of(variant)):
             inputs = spec.example_inputs(variant, sizes, seed=seed)
             for actual, expected in zip(
-                run_onnx(spec, variant, form, inputs), run(variant, block, inputs), strict=True
+                run_onnx(spec, variant, session, inputs), run(variant, block, inputs), strict=True
             ):
                 assert actual.shape == expected.shape
                 assert relative_l2(actual, expected) <= 1e-5, sizes
@@ -275,8 +279,19 @@ def test_fixed_axes_say_why_they_cannot_vary(spec: BlockSpec, variant: Variant) 
             )
 
 
+@functools.lru_cache(maxsize=2)
+def inlined(name: str, variant_name: str) -> onnx.ModelProto:
+    return inline_plugins(onnx.load_from_string(exported(name, variant_name, dynamic=False)[2]))
+
+
 def static_plain(spec: BlockSpec, variant: Variant) -> onnx.ModelProto:
-    return inline_plugins(onnx.load_from_string(exported(spec.name, variant.name, dynamic=False)[2]))
+    """Return the static form in standard operators; nobody may change it."""
+    return inlined(spec.name, variant.name)
+
+
+@functools.lru_cache(maxsize=2)
+def emulated_fp16(name: str, variant_name: str) -> onnx.ModelProto:
+    return emulate_fp16(to_fp16(inlined(name, variant_name)).model)
 
 
 @each()
@@ -298,7 +313,9 @@ def test_static_export_is_lean(spec: BlockSpec, variant: Variant) -> None:
         values = onnx.numpy_helper.to_array(initializer)
         assert values.dtype.kind != "f" or np.isfinite(values).all(), f"{initializer.name} holds infinities"
     inputs = spec.example_inputs(variant, spec.sizes_of(variant)[0], seed=1)
-    for actual, expected in zip(run_onnx(spec, variant, plain, inputs), run(variant, block, inputs), strict=True):
+    for actual, expected in zip(
+        run_onnx(spec, variant, session_of(plain), inputs), run(variant, block, inputs), strict=True
+    ):
         assert relative_l2(actual, expected) <= 1e-5
 
 
@@ -337,11 +354,11 @@ def realistic_inputs(
 @pytest.mark.parametrize("scale", [1.0, 10.0])
 def test_fp16_form_is_close_to_fp64(spec: BlockSpec, variant: Variant, scale: float) -> None:
     _, original, _ = exported(spec.name, variant.name, dynamic=False)
-    emulated = emulate_fp16(to_fp16(static_plain(spec, variant)).model)
+    emulated = emulated_fp16(spec.name, variant.name)
     inputs = realistic_inputs(spec, variant, spec.sizes_of(variant)[0], scale)
     expected = run(variant, original.double(), as_type(inputs, torch.float64))
     original.float()
-    for actual, wanted in zip(run_onnx(spec, variant, emulated, inputs), expected, strict=True):
+    for actual, wanted in zip(run_onnx(spec, variant, session_of(emulated), inputs), expected, strict=True):
         assert relative_l2(actual, wanted) <= 1e-2
 
 
@@ -371,7 +388,7 @@ def test_fp16_policy_saves_what_the_naive_form_loses(spec: BlockSpec, variant: V
         method=variant.method,
     )
     emulated = emulate_fp16(to_fp16(inline_plugins(model)).model)
-    for actual, wanted in zip(run_onnx(spec, variant, emulated, inputs), expected, strict=True):
+    for actual, wanted in zip(run_onnx(spec, variant, session_of(emulated), inputs), expected, strict=True):
         assert relative_l2(actual, wanted) <= 1e-2
 
 
@@ -405,7 +422,7 @@ def test_int8_policy(spec: BlockSpec, variant: Variant) -> None:
     for node in convolutions:
         assert not (inside(node) and node.input[1] in dequantised), f"{node.name} is quantised against the policy"
     inputs = spec.example_inputs(variant, spec.sizes_of(variant)[0])
-    assert all(tensor.isfinite().all() for tensor in run_onnx(spec, variant, quantised, inputs))
+    assert all(tensor.isfinite().all() for tensor in run_onnx(spec, variant, session_of(quantised), inputs))
 
 
 @each()
