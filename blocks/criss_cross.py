@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.core import AttentionCore
+from edgeattn.blocks.folding import fold_gamma
 from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 
@@ -83,12 +84,7 @@ class CrissCrossAttention(nn.Module):
     def prepare_for_export(self) -> CrissCrossAttention:
         """Return a copy whose value projection carries gamma (exact: attention is linear in the values)."""
         folded = copy.deepcopy(self)
-        if folded.gamma is None:
-            return folded
-        with torch.no_grad():
-            folded.value_conv.weight.mul_(folded.gamma)
-            assert folded.value_conv.bias is not None
-            folded.value_conv.bias.mul_(folded.gamma)
+        fold_gamma(folded.gamma, folded.value_conv)
         folded.gamma = None
         return folded
 

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.criss_cross import CCNET
+from edgeattn.blocks.folding import fold_gamma
 from edgeattn.blocks.precision import LOWEST
 from edgeattn.blocks.spec import BLOCKS, BlockSpec, Overflow, Published, TensorInput, Variant
 
@@ -105,12 +106,7 @@ class CrissCrossAttention3D(nn.Module):
     def prepare_for_export(self) -> CrissCrossAttention3D:
         """Return a copy whose value projection carries gamma (exact: attention is linear in the values)."""
         folded = copy.deepcopy(self)
-        if folded.gamma is None:
-            return folded
-        with torch.no_grad():
-            folded.value_conv.weight.mul_(folded.gamma)
-            assert folded.value_conv.bias is not None
-            folded.value_conv.bias.mul_(folded.gamma)
+        fold_gamma(folded.gamma, folded.value_conv)
         folded.gamma = None
         return folded
 

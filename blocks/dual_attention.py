@@ -16,6 +16,7 @@ import copy
 import torch
 from torch import nn
 
+from edgeattn.blocks.folding import fold_gamma
 from edgeattn.blocks.pixel_attention import PixelAttentionCore
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 
@@ -55,12 +56,7 @@ class PAM(nn.Module):
     def prepare_for_export(self) -> PAM:
         """Return a copy whose value projection carries gamma (exact: attention is linear in the values)."""
         folded = copy.deepcopy(self)
-        if folded.gamma is None:
-            return folded
-        with torch.no_grad():
-            folded.value_conv.weight.mul_(folded.gamma)
-            assert folded.value_conv.bias is not None
-            folded.value_conv.bias.mul_(folded.gamma)
+        fold_gamma(folded.gamma, folded.value_conv)
         folded.gamma = None
         return folded
 

@@ -20,6 +20,7 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from edgeattn.blocks.folding import fold_gamma
 from edgeattn.blocks.pixel_attention import PixelAttentionCore
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.foundation import UserError
@@ -115,7 +116,7 @@ class PooledSelfAttention(nn.Module):
         for name, conv in list(folded.named_children()):
             if isinstance(conv, SpectralConv2d):
                 setattr(folded, name, conv.frozen())
-        _fold_gamma(folded.gamma, folded.o)
+        fold_gamma(folded.gamma, folded.o)
         folded.gamma = None
         return folded
 
@@ -194,7 +195,7 @@ class FullSelfAttention(nn.Module):
     def prepare_for_export(self) -> FullSelfAttention:
         """Return a copy whose value convolution carries gamma (exact: attention is linear in the values)."""
         folded = copy.deepcopy(self)
-        _fold_gamma(folded.gamma, folded.value_conv)
+        fold_gamma(folded.gamma, folded.value_conv)
         folded.gamma = None
         return folded
 
@@ -273,7 +274,7 @@ class SelfAttentionOverQueries(nn.Module):
         for name, conv in list(folded.named_children()):
             if isinstance(conv, SpectralConv1d):
                 setattr(folded, name, conv.frozen())
-        _fold_gamma(folded.gamma, folded.value)
+        fold_gamma(folded.gamma, folded.value)
         folded.gamma = None
         return folded
 
@@ -283,16 +284,6 @@ def _check_channels(name: str, channels: int) -> None:
         raise ValueError(
             f"{name} is {channels}, but queries have {name} // 8 channels. Give at least 8, as in the checkpoint."
         )
-
-
-def _fold_gamma(gamma: nn.Parameter | None, conv: nn.Conv1d | nn.Conv2d) -> None:
-    """Multiply a convolution, in place, by gamma, unless that is folded already."""
-    if gamma is None:
-        return
-    with torch.no_grad():
-        conv.weight.mul_(gamma)
-        if conv.bias is not None:
-            conv.bias.mul_(gamma)
 
 
 _PAPER = "Self-Attention Generative Adversarial Networks, ICML 2019"
