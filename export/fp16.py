@@ -27,6 +27,7 @@ from edgeattn.export.precision_types import (
 )
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN, spec_of
+from edgeattn.plugins_trt.onnx_form import local_function
 
 QDQ_HALF_OPSET = 19
 """First opset whose QuantizeLinear and DequantizeLinear take FP16 scales."""
@@ -124,7 +125,7 @@ def _set_opset(model: onnx.ModelProto, opset: int) -> None:
     for function in model.functions:
         if function.domain == DOMAIN:
             spec = spec_of(function.name, len(function.input))
-            function.CopyFrom(spec.function(opset, fp32_island=True))
+            function.CopyFrom(local_function(spec, opset, fp32_island=True))
 
 
 class _Conversion:

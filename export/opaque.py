@@ -11,6 +11,7 @@ from torch import nn
 
 from edgeattn.blocks import AttentionCore
 from edgeattn.plugins_trt import DOMAIN, PLUGINS, PluginSpec, spec_of
+from edgeattn.plugins_trt.onnx_form import operator_schema
 
 
 class OpaqueCore(nn.Module):
@@ -72,7 +73,7 @@ def translation_table() -> dict[Callable[..., Any], Callable[..., Any]]:
     opset = onnxscript.values.Opset(DOMAIN, 1)
     namespace = getattr(torch.ops, DOMAIN)
     return {
-        getattr(namespace, spec.name).default: onnxscript.values.Op(opset, spec.op_type, spec.schema())
+        getattr(namespace, spec.name).default: onnxscript.values.Op(opset, spec.op_type, operator_schema(spec))
         for spec in PLUGINS
         if spec.name in _operators
     }

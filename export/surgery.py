@@ -17,6 +17,7 @@ from edgeattn.export.names import fresh_name, unique_node_names
 from edgeattn.export.opsets import IR_VERSION, standard_opset
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN, PLUGIN_VERSION, PLUGINS, PluginSpec, spec_of
+from edgeattn.plugins_trt.onnx_form import local_function
 
 MINIMUM_OPSET = 18
 """Oldest version of the standard operators that the bodies are written and tested for."""
@@ -65,7 +66,7 @@ def attach_plugins(model: onnx.ModelProto, *, fp32_island: bool = False) -> onnx
     result = _drop_bodies(export_graph(graph, model))
     if specs:
         opset = default_opset(model)
-        result.functions.extend(spec.function(opset, fp32_island=fp32_island) for spec in specs)
+        result.functions.extend(local_function(spec, opset, fp32_island=fp32_island) for spec in specs)
     return result
 
 

@@ -1,7 +1,7 @@
 """`CoAttention`: two feature maps attend to each other (COSNet, CVPR 2019), in both directions or one."""
 
 from edgeattn.plugins_trt.registry import PLUGINS
-from edgeattn.plugins_trt.spec import PluginSpec, TensorSpec
+from edgeattn.plugins_trt.spec import Launch, PluginSpec, TensorSpec, Tiling, Workspace
 
 _QUERY_A = TensorSpec("query_a", ("batch", "head_channels", "height_a", "width_a"))
 _KEY_B = TensorSpec("key_b", ("batch", "head_channels", "height_b", "width_b"))
@@ -52,6 +52,49 @@ def _finish(side: str, source: str, *, gated: bool, shape: str) -> str:
 """
 
 
+_KERNELS = "edgeattn.plugins_trt.kernels.co_attention"
+_STATIC = ("head_channels", "channels")
+_PRESETS = ({"head_channels": 256, "channels": 256},)
+_POSITIONS_A, _POSITIONS_B = "height_a * width_a", "height_b * width_b"
+_ATTEND = {
+    "HEAD": "head_channels",
+    "HEAD_BLOCK": "max(16, pow2(head_channels))",
+    "CHANNELS": "channels",
+    "QUERY_BLOCK": "QUERY_BLOCK",
+    "KEY_BLOCK": "KEY_BLOCK",
+    "CHANNEL_BLOCK": "min(CHANNEL_TILE, max(16, pow2(channels)))",
+    "SPLITS": "SPLITS",
+}
+_MERGE = {
+    "CHANNELS": "channels",
+    "CHANNELS_PADDED": "pow2(channels)",
+    "MERGE_BLOCK": "MERGE_BLOCK",
+    "SPLITS": "SPLITS",
+}
+_TILINGS = (
+    Tiling(
+        constants={"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "CHANNEL_TILE": 256, "SPLITS": 2, "MERGE_BLOCK": 16},
+        warps={"attend": 8, "merge": 4},
+        stages={"attend": 2, "merge": 1},
+        elements=("float16", "bfloat16"),
+    ),
+    Tiling(
+        constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "CHANNEL_TILE": 128, "SPLITS": 2, "MERGE_BLOCK": 16},
+        warps={"attend": 8, "merge": 4},
+        stages={"attend": 1, "merge": 1},
+    ),
+)
+
+
+def _partial(side: str) -> tuple[Workspace, Workspace]:
+    """Return what the shares of the keys give for one side: normalised results and their log-sum-exps."""
+    positions = f"height_{side} * width_{side}"
+    return (
+        Workspace(f"partial_{side}", ("SPLITS", "batch", positions, "channels"), "data"),
+        Workspace(f"partial_{side}_lse", ("SPLITS", "batch", positions), "float32"),
+    )
+
+
 def _both_ways(*, gated: bool) -> PluginSpec:
     body = (
         _AFFINITY
@@ -71,6 +114,38 @@ def _both_ways(*, gated: bool) -> PluginSpec:
             "affinity = query_a^T key_b; attended_a = softmax over b of affinity times value_b, "
             "attended_b = softmax over a times value_a" + _GATE_SUMMARY[gated]
         ),
+        static=_STATIC,
+        presets=_PRESETS,
+        workspaces=(*_partial("a"), *_partial("b")),
+        launches=(
+            Launch(
+                name="attend",
+                kernel=f"{_KERNELS}:attend_both_ways",
+                reads=("query_a", "key_b", "value_a", "value_b"),
+                scalars=(_POSITIONS_A, _POSITIONS_B),
+                writes=("partial_a", "partial_b", "partial_a_lse", "partial_b_lse"),
+                grid=(
+                    f"cdiv({_POSITIONS_A}, QUERY_BLOCK) * SPLITS + cdiv({_POSITIONS_B}, QUERY_BLOCK) * SPLITS",
+                    "cdiv(channels, CHANNEL_BLOCK)",
+                    "batch",
+                ),
+                constants=_ATTEND,
+            ),
+            Launch(
+                name="merge",
+                kernel=f"{_KERNELS}:merge_both_ways{'_gated' if gated else ''}",
+                reads=(
+                    *(tensor.name for tensor in _GATE[: 2 * gated]),
+                    *("partial_a", "partial_b", "partial_a_lse", "partial_b_lse"),
+                ),
+                scalars=(_POSITIONS_A, _POSITIONS_B),
+                writes=("attended_a", "attended_b"),
+                grid=(f"cdiv({_POSITIONS_A}, MERGE_BLOCK) + cdiv({_POSITIONS_B}, MERGE_BLOCK)", "batch", "1"),
+                constants=_MERGE,
+            ),
+        ),
+        tilings=_TILINGS,
+        flops="4 * batch * height_a * width_a * height_b * width_b * (head_channels + channels)",
     )
 
 
@@ -82,6 +157,31 @@ def _one_way(*, gated: bool) -> PluginSpec:
         outputs=(_ATTENDED_A,),
         body=_AFFINITY + _SHAPE_A_FROM_QUERY + _finish("a", "from_b", gated=gated, shape="shape_a"),
         summary="attended_a = softmax over b of query_a^T key_b times value_b" + _GATE_SUMMARY[gated],
+        static=_STATIC,
+        presets=_PRESETS,
+        workspaces=_partial("a"),
+        launches=(
+            Launch(
+                name="attend",
+                kernel=f"{_KERNELS}:attend_one_way",
+                reads=("query_a", "key_b", "value_b"),
+                scalars=(_POSITIONS_A, _POSITIONS_B),
+                writes=("partial_a", "partial_a_lse"),
+                grid=(f"cdiv({_POSITIONS_A}, QUERY_BLOCK) * SPLITS", "cdiv(channels, CHANNEL_BLOCK)", "batch"),
+                constants=_ATTEND,
+            ),
+            Launch(
+                name="merge",
+                kernel=f"{_KERNELS}:merge_one_way{'_gated' if gated else ''}",
+                reads=(*(tensor.name for tensor in _GATE[: 2 * gated]), "partial_a", "partial_a_lse"),
+                scalars=(_POSITIONS_A,),
+                writes=("attended_a",),
+                grid=(f"cdiv({_POSITIONS_A}, MERGE_BLOCK)", "batch", "1"),
+                constants=_MERGE,
+            ),
+        ),
+        tilings=_TILINGS,
+        flops="2 * batch * height_a * width_a * height_b * width_b * (head_channels + channels)",
     )
 
 

@@ -1,7 +1,7 @@
 """`CrissCrossAttention`: every pixel attends to its own row and column (CCNet, ICCV 2019)."""
 
 from edgeattn.plugins_trt.registry import PLUGINS
-from edgeattn.plugins_trt.spec import PluginSpec, TensorSpec
+from edgeattn.plugins_trt.spec import Launch, PluginSpec, TensorSpec, Tiling, Workspace
 
 _QUERY = ("batch", "head_channels", "height", "width")
 _VALUE = ("batch", "channels", "height", "width")
@@ -50,6 +50,16 @@ _BODY = """
     output = Add (attended, residual)
 """
 
+_KERNELS = "edgeattn.plugins_trt.kernels.criss_cross"
+_CONSTANTS = {
+    "HEAD": "head_channels",
+    "HEAD_BLOCK": "max(16, pow2(head_channels))",
+    "CHANNELS": "channels",
+    "QUERY_BLOCK": "QUERY_BLOCK",
+    "KEY_BLOCK": "KEY_BLOCK",
+    "CHANNEL_BLOCK": "min(CHANNEL_TILE, max(16, pow2(channels)))",
+}
+
 CRISS_CROSS_ATTENTION = PLUGINS.add(
     PluginSpec(
         name="CrissCrossAttention",
@@ -66,5 +76,39 @@ CRISS_CROSS_ATTENTION = PLUGINS.add(
             "output = residual + sum over the pixel's column (own position excluded) and row of "
             "softmax(query . key) value, one softmax over both lines."
         ),
+        static=("head_channels", "channels"),
+        presets=({"head_channels": 64, "channels": 512},),
+        workspaces=(
+            Workspace("partial", ("batch", "height", "width", "channels"), "data"),
+            Workspace("partial_lse", ("batch", "height", "width"), "float32"),
+        ),
+        launches=(
+            Launch(
+                name="columns",
+                kernel=f"{_KERNELS}:column_attention",
+                reads=("query", "key", "value"),
+                scalars=("height", "width"),
+                writes=("partial", "partial_lse"),
+                grid=("cdiv(height, QUERY_BLOCK) * width", "cdiv(channels, CHANNEL_BLOCK)", "batch"),
+                constants=_CONSTANTS,
+            ),
+            Launch(
+                name="rows",
+                kernel=f"{_KERNELS}:row_attention",
+                reads=("query", "key", "value", "residual", "partial", "partial_lse"),
+                scalars=("height", "width"),
+                writes=("output",),
+                grid=("cdiv(width, QUERY_BLOCK) * height", "cdiv(channels, CHANNEL_BLOCK)", "batch"),
+                constants=_CONSTANTS,
+            ),
+        ),
+        tilings=(
+            Tiling(
+                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "CHANNEL_TILE": 128},
+                warps={"columns": 4, "rows": 4},
+                stages={"columns": 2, "rows": 2},
+            ),
+        ),
+        flops="2 * batch * height * width * (height + width) * (head_channels + channels)",
     )
 )

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 
-import onnx
-from onnx import TensorProto, helper
+from edgeattn.foundation import UserError
 
 DOMAIN = "edgeattn"
 """ONNX domain, plugin namespace and torch library namespace of every operation."""
@@ -14,7 +13,12 @@ DOMAIN = "edgeattn"
 PLUGIN_VERSION = "1"
 """`plugin_version` that TensorRT's parser looks the creator up with."""
 
-_WIDEN, _NARROW = "Widen", "Narrow"
+ELEMENT_BYTES: dict[str, int] = {"float16": 2, "bfloat16": 2, "float32": 4}
+"""Data types that kernels take, by torch's name, with the size of one element."""
+
+LAYOUTS = ("linear", "channels-last")
+"""Memory layouts of 4-D tensors, (batch, channels, height, width) and (batch, height, width, channels). Tensors of any
+other rank, and workspaces, are always linear."""
 
 
 @dataclass(frozen=True)
@@ -29,10 +33,76 @@ class TensorSpec:
     name: str
     shape: tuple[str, ...]
 
+    @property
+    def follows_layout(self) -> bool:
+        """Whether the tensor is a map, which may come channels-last."""
+        return len(self.shape) == 4
+
+
+@dataclass(frozen=True)
+class Workspace:
+    """A buffer between launches, dense and in the order of its shape.
+
+    Attributes:
+        name: field name of the buffer.
+        shape: expressions over the sizes and the tiling's constants.
+        element: "float32", or "data" for the type of the operation's tensors.
+    """
+
+    name: str
+    shape: tuple[str, ...]
+    element: str
+
+
+@dataclass(frozen=True)
+class Tiling:
+    """How an operation is cut into programs, for some GPUs and data types.
+
+    Attributes:
+        constants: compile-time constants that all launches share, such as tile sizes, by name.
+        warps: warps per program, by launch.
+        stages: software pipeline stages, by launch.
+        elements: data types it is for.
+        sms: CUDA architectures it is for; all others too when None.
+    """
+
+    constants: Mapping[str, int]
+    warps: Mapping[str, int]
+    stages: Mapping[str, int]
+    elements: tuple[str, ...] = tuple(ELEMENT_BYTES)
+    sms: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Launch:
+    """One kernel launch.
+
+    The kernel's parameters are, in this order: `reads`, `scalars` (int32), `writes`, then the compile-time constants by
+    name. TensorRT's Python plugins prescribe the order.
+
+    Attributes:
+        name: unique within the operation.
+        kernel: the Triton kernel as `module:function`.
+        reads: names of inputs and workspaces.
+        scalars: expressions over the sizes.
+        writes: names of outputs and workspaces.
+        grid: programs along x, y and z, as expressions over sizes and constants. y and z must stay below 65536.
+        constants: the kernel's compile-time parameters, as expressions over static sizes and the tiling's constants.
+            The layout is passed besides, as `CHANNELS_LAST`.
+    """
+
+    name: str
+    kernel: str
+    reads: tuple[str, ...]
+    scalars: tuple[str, ...]
+    writes: tuple[str, ...]
+    grid: tuple[str, str, str]
+    constants: Mapping[str, str]
+
 
 @dataclass(frozen=True)
 class PluginSpec:
-    """An operation of domain `edgeattn`: signature, and the standard-op body that any runtime can execute.
+    """An operation of domain `edgeattn`: signature, mathematics in standard operators, and the kernels that run it.
 
     The body is ONNX text (see `onnx.parser`) over the plain names of the signature. Two pseudo-operations mark the
     region that has to stay in FP32 when the rest of the graph runs in FP16: `Widen(x)` enters the region and
@@ -42,9 +112,15 @@ class PluginSpec:
         name: unique name of the declaration.
         op_type: operator name in ONNX, TensorRT and torch; declarations that differ in optional inputs share it.
         inputs: input tensors; all have one floating-point type.
-        outputs: output tensors, of the same type.
+        outputs: output tensors, of the same type. Their sizes are sizes of inputs.
         body: the statements between the braces of an ONNX function.
         summary: the mathematics in one line.
+        static: sizes that are compiled into the kernels.
+        presets: values of the static sizes that published models use, compiled by default.
+        workspaces: buffers between launches.
+        launches: the kernels, in order; empty where no kernel exists yet.
+        tilings: the first that fits a GPU, type and static sizes is used.
+        flops: floating-point operations of the mathematics, as an expression over the sizes.
     """
 
     name: str
@@ -53,6 +129,15 @@ class PluginSpec:
     outputs: tuple[TensorSpec, ...]
     body: str
     summary: str
+    static: tuple[str, ...] = ()
+    presets: tuple[Mapping[str, int], ...] = ()
+    workspaces: tuple[Workspace, ...] = ()
+    launches: tuple[Launch, ...] = ()
+    tilings: tuple[Tiling, ...] = field(default=(), repr=False)
+    flops: str = "0"
+
+    def __hash__(self) -> int:
+        return hash(self.name)
 
     @property
     def prefix(self) -> str:
@@ -63,65 +148,49 @@ class PluginSpec:
         """
         return f"__{DOMAIN}_{self.name}_"
 
-    def function(self, opset: int, *, fp32_island: bool = False) -> onnx.FunctionProto:
-        """Build the ONNX local function.
+    def sizes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
+        """Return the size of every symbol from the shapes of the inputs.
 
         Args:
-            opset: version of the standard operators, equal to the model's.
-            fp32_island: keep the marked region in FP32 whatever the type of the inputs.
+            shapes: shape of every input, by name.
 
-        Returns:
-            A function `edgeattn::<op_type>` whose inputs and outputs follow the signature.
+        Raises:
+            UserError: a shape of another rank, or two sizes for one symbol.
         """
-        function = onnx.FunctionProto()
-        function.CopyFrom(self._parsed)
-        for entry in function.opset_import:
-            entry.version = opset
-        nodes: list[onnx.NodeProto] = []
-        renamed: dict[str, str] = {}
-        for node in function.node:
-            if node.op_type in (_WIDEN, _NARROW):
-                if not fp32_island:
-                    renamed[node.output[0]] = renamed.get(node.input[0], node.input[0])
-                    continue
-                if node.op_type == _WIDEN:
-                    node.op_type = "Cast"
-                    node.attribute.append(helper.make_attribute("to", TensorProto.FLOAT))
-                else:
-                    node.op_type = "CastLike"
-                node.domain = ""
-            nodes.append(node)
-        for node in nodes:
-            node.input[:] = [self._unique(renamed.get(name, name)) for name in node.input]
-            node.output[:] = [self._unique(name) for name in node.output]
-            node.name = node.output[0]
-        kept = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
-        del function.node[:]
-        function.node.extend(kept)
-        function.input[:] = [self._unique(name) for name in function.input]
-        function.output[:] = [self._unique(renamed.get(name, name)) for name in function.output]
-        function.doc_string = self.summary
-        return function
+        sizes: dict[str, int] = {"1": 1}
+        for tensor in self.inputs:
+            shape = shapes[tensor.name]
+            if len(shape) != len(tensor.shape):
+                raise UserError(
+                    f"{self.op_type}: {tensor.name} has shape {tuple(shape)}, but needs {len(tensor.shape)} axes: "
+                    f"({', '.join(tensor.shape)})."
+                )
+            for symbol, size in zip(tensor.shape, shape, strict=True):
+                if sizes.setdefault(symbol, size) != size:
+                    raise UserError(
+                        f"{self.op_type}: {symbol} is {size} in {tensor.name} {tuple(shape)}, but {sizes[symbol]} "
+                        "in an earlier input. Give all inputs the same."
+                    )
+        del sizes["1"]
+        return sizes
 
-    def _unique(self, name: str) -> str:
-        return self.prefix + name if name else name
+    def shape_of(self, tensor: TensorSpec, sizes: Mapping[str, int]) -> tuple[int, ...]:
+        """Return the shape of an input or output for given sizes."""
+        return tuple(1 if symbol == "1" else sizes[symbol] for symbol in tensor.shape)
 
-    @cached_property
-    def _parsed(self) -> onnx.FunctionProto:
-        inputs = ", ".join(tensor.name for tensor in self.inputs)
-        outputs = ", ".join(tensor.name for tensor in self.outputs)
-        header = f'<opset_import: ["" : 18], domain: "{DOMAIN}">\n{self.op_type} ({inputs}) => ({outputs})'
-        return onnx.parser.parse_function(f"{header}\n{{{self.body}}}")
+    def tiling(self, sm: int, element: str) -> Tiling:
+        """Return the tiling for a GPU architecture and data type.
 
-    def schema(self) -> onnx.defs.OpSchema:
-        """Return the operator schema that torch's exporter needs to emit the operation as one node."""
-        formal = onnx.defs.OpSchema.FormalParameter
-        return onnx.defs.OpSchema(
-            self.op_type,
-            DOMAIN,
-            1,
-            doc=self.summary,
-            inputs=[formal(tensor.name, "T") for tensor in self.inputs],
-            outputs=[formal(tensor.name, "T") for tensor in self.outputs],
-            type_constraints=[("T", ["tensor(float)", "tensor(float16)", "tensor(bfloat16)", "tensor(double)"], "")],
+        Args:
+            sm: CUDA architecture, such as 87.
+            element: data type, one of `ELEMENT_BYTES`.
+
+        Raises:
+            UserError: none fits; the message says for which combination.
+        """
+        for tiling in self.tilings:
+            if element in tiling.elements and (tiling.sms is None or sm in tiling.sms):
+                return tiling
+        raise UserError(
+            f"{self.name} has no kernel for {element} on sm_{sm}. Use the model's plain form, which needs no plugin."
         )

@@ -23,6 +23,7 @@ from edgeattn.export.rewrite.candidates import Candidate, Mismatch, build
 from edgeattn.export.rewrite.diagnose import explain, mask_fault
 from edgeattn.export.rewrite.region import Arrays, Cutter, Runner
 from edgeattn.export.rewrite.sizes import Sizes
+from edgeattn.plugins_trt.onnx_form import local_function
 
 TOLERANCE = 1e-5
 """Largest relative L2 difference between a core and its replacement; derived in the module's first paragraph."""
@@ -118,7 +119,7 @@ class Verifier:
         """Return the largest relative L2 difference of the replacement's results, infinite if it does not fit."""
         snippet = build(candidate, "replacement", static=sizes.static)
         names = [result.tensor.name for result in candidate.results]
-        function = candidate.spec.function(self.cutter.opset)
+        function = local_function(candidate.spec, self.cutter.opset)
         opset = self.cutter.opset
         try:
             run = Runner(snippet.nodes, snippet.initializers(), feeds[0], names, opset=opset, functions=[function])

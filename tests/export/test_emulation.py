@@ -14,6 +14,7 @@ from onnx import TensorProto, helper, numpy_helper
 from edgeattn.export.emulation import emulate_fp16
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import spec_of
+from edgeattn.plugins_trt.onnx_form import local_function
 
 LEVELS = [ort.GraphOptimizationLevel.ORT_DISABLE_ALL, ort.GraphOptimizationLevel.ORT_ENABLE_ALL]
 
@@ -159,7 +160,7 @@ def test_functions_names_and_metadata() -> None:
         [node], "net", infos, [helper.make_tensor_value_info("out", TensorProto.FLOAT16, ["B", 4, "H", "W"])]
     )
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("edgeattn", 1)]
-    function = spec_of("CrissCrossAttention", 4).function(18, fp32_island=True)
+    function = local_function(spec_of("CrissCrossAttention", 4), 18, fp32_island=True)
     model = helper.make_model(graph, opset_imports=imports, functions=[function], ir_version=10)
     before = model.SerializeToString()
     emulated = emulate_fp16(model)

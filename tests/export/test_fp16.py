@@ -16,6 +16,7 @@ from edgeattn.export.fp16 import to_fp16
 from edgeattn.export.precision_types import check_types
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import spec_of
+from edgeattn.plugins_trt.onnx_form import local_function
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 CONVS = {
@@ -83,7 +84,7 @@ def build(body: str, *, plugin: bool = False, mask: bool = False) -> onnx.ModelP
         module = "cca" if node.output[0] in {"energy", "attention", "query", "attended"} else "trunk"
         node.metadata_props.add(key=SCOPES, value=f"['', '{module}', '{node.output[0]}']")
     if plugin:
-        model.functions.append(spec_of("CrissCrossAttention", 4).function(18))
+        model.functions.append(local_function(spec_of("CrissCrossAttention", 4), 18))
     check_types(model)
     return model
 
@@ -175,7 +176,7 @@ def test_names_metadata_and_plugin_survive(plugin: onnx.ModelProto) -> None:
     assert list(node.input) == ["query", "key", "value", "feature"]
     types = types_of(result)
     assert {types[name] for name in (*node.input, *node.output)} == {TensorProto.FLOAT16}
-    assert result.functions[0] == spec_of("CrissCrossAttention", 4).function(18, fp32_island=True)
+    assert result.functions[0] == local_function(spec_of("CrissCrossAttention", 4), 18, fp32_island=True)
     assert casts(result) == [("image", "image_fp16"), ("logits_fp16", "logits")]
     assert relative(run(emulate_fp16(result), image=IMAGE)[0], run(plugin, image=IMAGE)[0]) < 4e-3
 
@@ -229,7 +230,7 @@ def co_attention(kind: int, *, island: bool) -> onnx.ModelProto:
     nodes += [helper.make_node("Cast", [name], [f"attended_{name}"], to=TensorProto.FLOAT) for name in "ab"]
     outputs = [helper.make_tensor_value_info(f"attended_{name}", TensorProto.FLOAT, [1, 16, 4, 5]) for name in "ab"]
     imports = [helper.make_opsetid("", 18), helper.make_opsetid("edgeattn", 1)]
-    function = spec_of("CoAttention", 4).function(18, fp32_island=island)
+    function = local_function(spec_of("CoAttention", 4), 18, fp32_island=island)
     return helper.make_model(
         helper.make_graph(nodes, "co", infos, outputs), opset_imports=imports, functions=[function], ir_version=10
     )

@@ -13,6 +13,7 @@ from onnx import TensorProto, helper
 from edgeattn.blocks import AttentionCore
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN, PLUGINS, PluginSpec, spec_of
+from edgeattn.plugins_trt.onnx_form import local_function
 
 SIZES = {
     "batch": 2,
@@ -46,7 +47,7 @@ def one_node_model(spec: PluginSpec, element_type: int, opset: int, *, fp32_isla
     graph = helper.make_graph([node], "call", info(spec.inputs), info(spec.outputs))
     return helper.make_model(
         graph,
-        functions=[spec.function(opset, fp32_island=fp32_island)],
+        functions=[local_function(spec, opset, fp32_island=fp32_island)],
         opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
         ir_version=10,
     )
@@ -94,7 +95,7 @@ def test_half_body_keeps_the_softmax_path_in_fp32(spec: PluginSpec) -> None:
 
 @plugins
 def test_formal_names_cannot_meet_names_of_a_graph(spec: PluginSpec) -> None:
-    function = spec.function(18)
+    function = local_function(spec, 18)
     names = {*function.input, *function.output, *(name for node in function.node for name in node.output)}
     assert all(name.startswith(f"__edgeattn_{spec.name}_") for name in names)
     assert all("" not in list(node.input) for node in function.node)

@@ -8,6 +8,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import CRISS_CROSS_ATTENTION
+from edgeattn.plugins_trt.onnx_form import local_function
 from edgeattn.validation.tolerance import Arithmetic, arithmetic_of, tolerance
 
 ARITHMETIC = st.builds(
@@ -78,7 +79,7 @@ def test_arithmetic_reads_depth_reduction_and_quantisations():
 
 def test_arithmetic_looks_into_plugin_functions():
     plugin = helper.make_node("CrissCrossAttention", ["image"] * 4, ["output"], domain="edgeattn")
-    model = _model([plugin], {}, [CRISS_CROSS_ATTENTION.function(18)])
+    model = _model([plugin], {}, [local_function(CRISS_CROSS_ATTENTION, 18)])
     before = model.SerializeToString()
     # Two products in sequence, the softmax between them, and two additions behind.
     assert arithmetic_of(model).depth == 5

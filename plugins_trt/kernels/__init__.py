@@ -1,0 +1,1 @@
+"""Triton kernels of the plugin operations. They are imported by name, so that nothing else needs Triton."""
