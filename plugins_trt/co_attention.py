@@ -58,7 +58,7 @@ _PRESETS = ({"head_channels": 256, "channels": 256},)
 _POSITIONS_A, _POSITIONS_B = "height_a * width_a", "height_b * width_b"
 _ATTEND = {
     "HEAD": "head_channels",
-    "HEAD_BLOCK": "max(16, pow2(head_channels))",
+    "HEAD_BLOCK": "min(HEAD_TILE, max(16, pow2(head_channels)))",
     "CHANNELS": "channels",
     "QUERY_BLOCK": "QUERY_BLOCK",
     "KEY_BLOCK": "KEY_BLOCK",
@@ -71,19 +71,34 @@ _MERGE = {
     "MERGE_BLOCK": "MERGE_BLOCK",
     "SPLITS": "SPLITS",
 }
+_WARPS = {"attend": 8, "merge": 4}
 _TILINGS = (
     Tiling(
-        constants={"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "CHANNEL_TILE": 256, "SPLITS": 2, "MERGE_BLOCK": 16},
-        warps={"attend": 8, "merge": 4},
+        constants={
+            "QUERY_BLOCK": 64, "KEY_BLOCK": 32, "HEAD_TILE": 256, "CHANNEL_TILE": 256, "SPLITS": 2, "MERGE_BLOCK": 16,
+        },
+        warps=_WARPS,
+        stages={"attend": 2, "merge": 1},
+        elements=("float16", "bfloat16"),
+        layouts=("channels-last",),
+    ),
+    # Neighbouring channels are far apart here: each element is loaded on its own, and pointers take registers.
+    Tiling(
+        constants={
+            "QUERY_BLOCK": 32, "KEY_BLOCK": 16, "HEAD_TILE": 256, "CHANNEL_TILE": 256, "SPLITS": 2, "MERGE_BLOCK": 16,
+        },
+        warps=_WARPS,
         stages={"attend": 2, "merge": 1},
         elements=("float16", "bfloat16"),
     ),
     Tiling(
-        constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "CHANNEL_TILE": 128, "SPLITS": 2, "MERGE_BLOCK": 16},
-        warps={"attend": 8, "merge": 4},
-        stages={"attend": 1, "merge": 1},
+        constants={
+            "QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 32, "CHANNEL_TILE": 128, "SPLITS": 2, "MERGE_BLOCK": 16,
+        },
+        warps=_WARPS,
+        stages={"attend": 2, "merge": 1},
     ),
-)
+)  # fmt: skip
 
 
 def _partial(side: str) -> tuple[Workspace, Workspace]:

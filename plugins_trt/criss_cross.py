@@ -53,7 +53,7 @@ _BODY = """
 _KERNELS = "edgeattn.plugins_trt.kernels.criss_cross"
 _CONSTANTS = {
     "HEAD": "head_channels",
-    "HEAD_BLOCK": "max(16, pow2(head_channels))",
+    "HEAD_BLOCK": "min(HEAD_TILE, max(16, pow2(head_channels)))",
     "CHANNELS": "channels",
     "QUERY_BLOCK": "QUERY_BLOCK",
     "KEY_BLOCK": "KEY_BLOCK",
@@ -104,7 +104,14 @@ CRISS_CROSS_ATTENTION = PLUGINS.add(
         ),
         tilings=(
             Tiling(
-                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "CHANNEL_TILE": 128},
+                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 128, "CHANNEL_TILE": 128},
+                warps={"columns": 4, "rows": 4},
+                stages={"columns": 2, "rows": 2},
+                layouts=("channels-last",),
+            ),
+            # Neighbouring channels are far apart here: each element is loaded on its own, and pointers take registers.
+            Tiling(
+                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 128, "CHANNEL_TILE": 64},
                 warps={"columns": 4, "rows": 4},
                 stages={"columns": 2, "rows": 2},
             ),

@@ -56,20 +56,22 @@ class Workspace:
 
 @dataclass(frozen=True)
 class Tiling:
-    """How an operation is cut into programs, for some GPUs and data types.
+    """How an operation is cut into programs, for some GPUs, data types and layouts.
 
     Attributes:
         constants: compile-time constants that all launches share, such as tile sizes, by name.
         warps: warps per program, by launch.
         stages: software pipeline stages, by launch.
         elements: data types it is for.
-        sms: CUDA architectures it is for; all others too when None.
+        layouts: layouts it is for.
+        sms: CUDA architectures it is for; all when None.
     """
 
     constants: Mapping[str, int]
     warps: Mapping[str, int]
     stages: Mapping[str, int]
     elements: tuple[str, ...] = tuple(ELEMENT_BYTES)
+    layouts: tuple[str, ...] = LAYOUTS
     sms: tuple[int, ...] | None = None
 
 
@@ -178,19 +180,21 @@ class PluginSpec:
         """Return the shape of an input or output for given sizes."""
         return tuple(1 if symbol == "1" else sizes[symbol] for symbol in tensor.shape)
 
-    def tiling(self, sm: int, element: str) -> Tiling:
-        """Return the tiling for a GPU architecture and data type.
+    def tiling(self, sm: int, element: str, layout: str) -> Tiling:
+        """Return the tiling for a GPU architecture, data type and layout.
 
         Args:
             sm: CUDA architecture, such as 87.
             element: data type, one of `ELEMENT_BYTES`.
+            layout: layout of the 4-D tensors, one of `LAYOUTS`.
 
         Raises:
             UserError: none fits; the message says for which combination.
         """
         for tiling in self.tilings:
-            if element in tiling.elements and (tiling.sms is None or sm in tiling.sms):
+            if element in tiling.elements and layout in tiling.layouts and (tiling.sms is None or sm in tiling.sms):
                 return tiling
         raise UserError(
-            f"{self.name} has no kernel for {element} on sm_{sm}. Use the model's plain form, which needs no plugin."
+            f"{self.name} has no kernel for {element}, layout {layout}, on sm_{sm}. Use the model's plain form, which "
+            "needs no plugin."
         )

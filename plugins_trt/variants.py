@@ -85,7 +85,7 @@ def variants_of(spec: PluginSpec, element: str, layout: str, sm: int, static: Ma
             f"{spec.name} has no kernel for {element} in layout {layout}. Types: {', '.join(ELEMENT_BYTES)}; layouts: "
             f"{', '.join(LAYOUTS)}."
         )
-    tiling = spec.tiling(sm, element)
+    tiling = spec.tiling(sm, element, layout)
     fixed = {name: static[name] for name in spec.static}
     outer = {**fixed, **tiling.constants}
     variants = []

@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from edgeattn.plugins_trt.kernels.online_softmax import attend, load_queries, log_sum_exp, normalise
+from edgeattn.plugins_trt.kernels.online_softmax import LOWEST, attend, log_sum_exp, normalise
 
 
 @triton.jit
@@ -40,10 +40,10 @@ def _attend_split(
     key_channel_stride = 1 if CHANNELS_LAST else keys_total
     head_stride = HEAD if CHANNELS_LAST else 1
     stride = CHANNELS if CHANNELS_LAST else 1
-    tile = load_queries(query + query_base, query_channel_stride, head_stride, queries, queries_total, HEAD, HEAD_BLOCK)
     attended, total, maximum = attend(
-        tile, key + key_base, value + value_base, key_channel_stride, head_stride, key_channel_stride, stride,
-        first_key, tl.minimum(first_key + share, keys_total), queries, first_channel,
+        query + query_base, key + key_base, value + value_base, query_channel_stride, head_stride,
+        key_channel_stride, head_stride, key_channel_stride, stride, queries, queries_total,
+        first_key, tl.minimum(first_key + share, keys_total), first_channel,
         HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, False,
     )  # fmt: skip
     places = (split * tl.num_programs(2) + batch) * queries_total + queries
@@ -150,7 +150,7 @@ def _merge(
     present = places < positions
     channels = tl.arange(0, CHANNELS_PADDED)
     inside = present[:, None] & (channels < CHANNELS)[None, :]
-    maximum = tl.full([MERGE_BLOCK], -1.0e29, tl.float32)
+    maximum = tl.full([MERGE_BLOCK], LOWEST, tl.float32)
     for split in tl.static_range(SPLITS):
         row = (split * tl.num_programs(1) + batch) * positions + places
         maximum = tl.maximum(maximum, tl.load(partial_lse + row, mask=present, other=0.0))

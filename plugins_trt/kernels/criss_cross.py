@@ -3,7 +3,7 @@
 import triton
 import triton.language as tl
 
-from edgeattn.plugins_trt.kernels.online_softmax import attend, load_queries, log_sum_exp, normalise
+from edgeattn.plugins_trt.kernels.online_softmax import attend, log_sum_exp, normalise
 
 
 @triton.jit
@@ -45,10 +45,10 @@ def column_attention(
     stride = CHANNELS if CHANNELS_LAST else 1
     head_base = batch * (HEAD * positions) + column * head_stride
     base = batch * (CHANNELS * positions) + column * stride
-    tile = load_queries(query + head_base, head_channel_stride, width * head_stride, rows, height, HEAD, HEAD_BLOCK)
     attended, total, maximum = attend(
-        tile, key + head_base, value + base, head_channel_stride, width * head_stride, channel_stride, width * stride,
-        0, height, rows, first_channel, HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, True,
+        query + head_base, key + head_base, value + base, head_channel_stride, width * head_stride,
+        head_channel_stride, width * head_stride, channel_stride, width * stride, rows, height, 0, height,
+        first_channel, HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, True,
     )  # fmt: skip
     places = batch * positions + rows * width + column
     if first_channel == 0:
@@ -101,10 +101,10 @@ def row_attention(
     stride = CHANNELS if CHANNELS_LAST else 1
     head_base = batch * (HEAD * positions) + row * width * head_stride
     base = batch * (CHANNELS * positions) + row * width * stride
-    tile = load_queries(query + head_base, head_channel_stride, head_stride, columns, width, HEAD, HEAD_BLOCK)
     attended, total, maximum = attend(
-        tile, key + head_base, value + base, head_channel_stride, head_stride, channel_stride, stride,
-        0, width, columns, first_channel, HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, False,
+        query + head_base, key + head_base, value + base, head_channel_stride, head_stride,
+        head_channel_stride, head_stride, channel_stride, stride, columns, width, 0, width,
+        first_channel, HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, False,
     )  # fmt: skip
     channels = first_channel + tl.arange(0, CHANNEL_BLOCK)
     inside = (columns < width)[:, None] & (channels < CHANNELS)[None, :]

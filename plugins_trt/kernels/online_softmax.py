@@ -21,13 +21,16 @@ def attend(
     query,
     key,
     value,
+    query_channel_stride,
+    query_stride,
     key_channel_stride,
     key_stride,
     value_channel_stride,
     value_stride,
+    queries,
+    end_query,
     first_key,
     end_key,
-    own_key,
     first_channel,
     HEAD: tl.constexpr,
     HEAD_BLOCK: tl.constexpr,
@@ -39,12 +42,15 @@ def attend(
 ):
     """Attend from a tile of queries to the keys `first_key` to `end_key`.
 
+    Queries stay in registers when one block holds all their channels; otherwise the scores are summed over blocks of
+    channels, and each block is read again for every tile of keys.
+
     Args:
-        query: (QUERY_BLOCK, HEAD_BLOCK) values, zero beyond the HEAD channels.
-        key, value: pointers to channel 0 of key 0.
-        key_channel_stride, key_stride, value_channel_stride, value_stride: in elements.
-        own_key: (QUERY_BLOCK) index of the key that each query must not attend to, when SKIP_OWN.
+        query, key, value: pointers to channel 0 of query, key and value 0.
+        query_channel_stride, query_stride, and so on: in elements.
+        queries: (QUERY_BLOCK) indices of the queries, below `end_query` where they exist.
         first_channel: first value channel of the tile.
+        SKIP_OWN: whether a query does not attend to the key of its own index.
 
     Returns:
         Sum of weighted values (QUERY_BLOCK, CHANNEL_BLOCK), sum of weights (QUERY_BLOCK) and the maximum score
@@ -55,18 +61,34 @@ def attend(
     maximum = tl.full([QUERY_BLOCK], LOWEST, tl.float32)
     total = tl.zeros([QUERY_BLOCK], tl.float32)
     attended = tl.zeros([QUERY_BLOCK, CHANNEL_BLOCK], tl.float32)
+    query_pointers = query + queries[:, None] * query_stride + heads[None, :] * query_channel_stride
+    asked = (queries < end_query)[:, None]
+    if HEAD_BLOCK >= HEAD:
+        query_tile = tl.load(query_pointers, mask=asked & (heads < HEAD)[None, :], other=0.0)
     for start in tl.range(first_key, end_key, KEY_BLOCK):
         keys = start + tl.arange(0, KEY_BLOCK)
         present = keys < end_key
         key_pointers = key + heads[:, None] * key_channel_stride + keys[None, :] * key_stride
-        if HEAD == HEAD_BLOCK:
+        if HEAD_BLOCK == HEAD:
             key_tile = tl.load(key_pointers, mask=present[None, :], other=0.0)
-        else:
+            scores = tl.dot(query_tile, key_tile, input_precision="tf32x3")
+        elif HEAD_BLOCK > HEAD:
             key_tile = tl.load(key_pointers, mask=(heads < HEAD)[:, None] & present[None, :], other=0.0)
-        scores = tl.dot(query, key_tile, input_precision="tf32x3") * LOG2_E
+            scores = tl.dot(query_tile, key_tile, input_precision="tf32x3")
+        else:
+            scores = tl.zeros([QUERY_BLOCK, KEY_BLOCK], tl.float32)
+            for first_head in tl.range(0, HEAD, HEAD_BLOCK):
+                left = first_head + heads < HEAD
+                query_part = tl.load(
+                    query_pointers + first_head * query_channel_stride, mask=asked & left[None, :], other=0.0
+                )
+                key_part = tl.load(
+                    key_pointers + first_head * key_channel_stride, mask=left[:, None] & present[None, :], other=0.0
+                )
+                scores = tl.dot(query_part, key_part, scores, input_precision="tf32x3")
+        scores = scores * LOG2_E
         if SKIP_OWN:
-            taking_part = present[None, :] & (keys[None, :] != own_key[:, None])
-            scores = tl.where(taking_part, scores, EXCLUDED)
+            scores = tl.where(present[None, :] & (keys[None, :] != queries[:, None]), scores, EXCLUDED)
         else:
             scores = tl.where(present[None, :], scores, EXCLUDED)
         higher = tl.maximum(maximum, tl.max(scores, 1))
@@ -82,14 +104,6 @@ def attend(
         attended = tl.dot(weights.to(value_tile.dtype), value_tile, attended, input_precision="tf32x3")
         maximum = higher
     return attended, total, maximum
-
-
-@triton.jit
-def load_queries(query, channel_stride, stride, queries, end_query, HEAD: tl.constexpr, HEAD_BLOCK: tl.constexpr):
-    """Load a tile of queries (queries, HEAD_BLOCK), zero beyond `end_query` and beyond the HEAD channels."""
-    heads = tl.arange(0, HEAD_BLOCK)
-    pointers = query + queries[:, None] * stride + heads[None, :] * channel_stride
-    return tl.load(pointers, mask=(queries < end_query)[:, None] & (heads < HEAD)[None, :], other=0.0)
 
 
 @triton.jit
