@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx
 import onnx.inliner
 import onnxruntime
 import pytest
 import torch
-from onnx import TensorProto, helper
+from onnx import TensorProto
 
 from edgeattn.blocks import AttentionCore
 from edgeattn.foundation import UserError
-from edgeattn.plugins_trt import DOMAIN, PLUGINS, PluginSpec, spec_of
+from edgeattn.plugins_trt import PLUGINS, PluginSpec, spec_of
 from edgeattn.plugins_trt.onnx_form import local_function
 
 SIZES = {
@@ -27,35 +29,13 @@ SIZES = {
     "width_b": 2,
     "queries": 9,
     "keys": 8,
-    "1": 1,
 }
 plugins = pytest.mark.parametrize("spec", list(PLUGINS), ids=lambda spec: spec.name)
 
 
-def one_node_model(spec: PluginSpec, element_type: int, opset: int, *, fp32_island: bool) -> onnx.ModelProto:
-    """Return a model that only calls the operation, at the sizes above."""
-
-    def info(tensors: tuple) -> list[onnx.ValueInfoProto]:
-        return [
-            helper.make_tensor_value_info(tensor.name, element_type, [SIZES[dim] for dim in tensor.shape])
-            for tensor in tensors
-        ]
-
-    node = helper.make_node(
-        spec.op_type, [t.name for t in spec.inputs], [t.name for t in spec.outputs], name="call", domain=DOMAIN
-    )
-    graph = helper.make_graph([node], "call", info(spec.inputs), info(spec.outputs))
-    return helper.make_model(
-        graph,
-        functions=[local_function(spec, opset, fp32_island=fp32_island)],
-        opset_imports=[helper.make_opsetid("", opset), helper.make_opsetid(DOMAIN, 1)],
-        ir_version=10,
-    )
-
-
 def example(spec: PluginSpec) -> dict[str, np.ndarray]:
     rng = np.random.default_rng(0)
-    return {t.name: rng.standard_normal([SIZES[dim] for dim in t.shape]).astype(np.float32) for t in spec.inputs}
+    return {t.name: rng.standard_normal(spec.shape_of(t, SIZES)).astype(np.float32) for t in spec.inputs}
 
 
 def core_of(spec: PluginSpec) -> AttentionCore:
@@ -66,8 +46,8 @@ def core_of(spec: PluginSpec) -> AttentionCore:
 @plugins
 @pytest.mark.parametrize("opset", [18, 20, 22])
 @pytest.mark.parametrize("fp32_island", [False, True])
-def test_body_equals_torch_core(spec: PluginSpec, opset: int, fp32_island: bool) -> None:
-    model = one_node_model(spec, TensorProto.FLOAT, opset, fp32_island=fp32_island)
+def test_body_equals_torch_core(one_node_model: Callable, spec: PluginSpec, opset: int, fp32_island: bool) -> None:
+    model = one_node_model(spec, TensorProto.FLOAT, opset, SIZES, fp32_island=fp32_island)
     onnx.checker.check_model(model, full_check=True)
     feed = example(spec)
     session = onnxruntime.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
@@ -79,8 +59,8 @@ def test_body_equals_torch_core(spec: PluginSpec, opset: int, fp32_island: bool)
 
 
 @plugins
-def test_half_body_keeps_the_softmax_path_in_fp32(spec: PluginSpec) -> None:
-    model = one_node_model(spec, TensorProto.FLOAT16, 18, fp32_island=True)
+def test_half_body_keeps_the_softmax_path_in_fp32(one_node_model: Callable, spec: PluginSpec) -> None:
+    model = one_node_model(spec, TensorProto.FLOAT16, 18, SIZES, fp32_island=True)
     inlined = onnx.inliner.inline_local_functions(model)
     shaped = onnx.shape_inference.infer_shapes(inlined, strict_mode=True)
     types = {value.name: value.type.tensor_type.elem_type for value in shaped.graph.value_info}
