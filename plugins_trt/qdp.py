@@ -28,7 +28,7 @@ from edgeattn.plugins_trt.expressions import FUNCTIONS, evaluate
 from edgeattn.plugins_trt.kernel_choice import KernelChoice
 from edgeattn.plugins_trt.kernel_library import CompiledKernel, KernelLibrary
 from edgeattn.plugins_trt.launch_plugins import LaunchPlugin, LaunchTensor, launch_plugins
-from edgeattn.plugins_trt.spec import DOMAIN, LAYOUTS
+from edgeattn.plugins_trt.spec import DOMAIN, LARGEST_IMAGE, LAYOUTS
 
 MINIMUM_TENSORRT = (10, 15)
 """Oldest TensorRT whose Python plugins are used: 10.9 has them, and 10.14 breaks them."""
@@ -291,8 +291,6 @@ class _Host:
 
     def _refuse_large_images(self, descriptions: Sequence[Any]) -> None:
         """Raise where an image has more elements than a kernel's 32-bit indices reach."""
-        from edgeattn.plugins_trt.torch_host import LARGEST_IMAGE  # imports torch, which nothing else here needs
-
         workspaces = {buffer.name for buffer in self.plugin.spec.workspaces}
         for tensor, description in zip(self._tensors, descriptions, strict=True):
             if tensor.name in workspaces:

@@ -20,6 +20,9 @@ LAYOUTS = ("linear", "channels-last")
 """Memory layouts of 4-D tensors, (batch, channels, height, width) and (batch, height, width, channels). Tensors of any
 other rank, and workspaces, are always linear."""
 
+LARGEST_IMAGE = 2**31 - 1
+"""Elements that one image of an input or output may have: kernels index inside an image with 32 bits."""
+
 
 @dataclass(frozen=True)
 class TensorSpec:

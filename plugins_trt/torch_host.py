@@ -10,11 +10,8 @@ from typing import Any
 import torch
 
 from edgeattn.foundation import UserError
-from edgeattn.plugins_trt.spec import PluginSpec
+from edgeattn.plugins_trt.spec import LARGEST_IMAGE, PluginSpec
 from edgeattn.plugins_trt.variants import variants_of, workspace_shapes
-
-LARGEST_IMAGE = 2**31 - 1
-"""Elements that one image of a tensor may have; kernels index inside an image with 32 bits."""
 
 
 @cache
