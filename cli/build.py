@@ -48,7 +48,9 @@ def build(
     ] = None,
     opt_shapes: Annotated[list[str] | None, typer.Option(help="Usual shapes, likewise.")] = None,
     max_shapes: Annotated[list[str] | None, typer.Option(help="Largest shapes, likewise.")] = None,
-    plugin: Annotated[list[Path] | None, typer.Option(help="Plugin library to load; repeatable.")] = None,
+    plugin: Annotated[
+        list[Path] | None, typer.Option(help="C++ plugin library, or folder of kernels for Python plugins; repeatable.")
+    ] = None,
     workspace: Annotated[int | None, typer.Option(help="Scratch memory in MiB, at most.")] = None,
     builder_level: Annotated[int | None, typer.Option(help="Effort from 0 to 5; TensorRT's default is 3.")] = None,
     version_compatible: Annotated[

@@ -23,6 +23,7 @@ from edgeattn.export.engine.monitor import PhaseLog, make_monitor, run_cancellab
 from edgeattn.export.engine.profiles import Profile
 from edgeattn.export.engine.timing_cache import save_cache
 from edgeattn.foundation import UserError
+from edgeattn.plugins_trt.qdp import register_plugins
 
 if TYPE_CHECKING:
     import tensorrt as trt
@@ -116,8 +117,11 @@ def _create_network() -> tuple[Any, Any]:
 def load_plugins(libraries: Sequence[Path]) -> None:
     """Load plugin libraries into TensorRT's registry, and NVIDIA's own plugins.
 
+    Args:
+        libraries: C++ plugin libraries, and folders of compiled kernels that run as Python plugins.
+
     Raises:
-        UserError: TensorRT has no registry here, which means that it does not work.
+        UserError: TensorRT has no registry here, which means that it does not work; or it has no Python plugins.
     """
     trt = import_tensorrt()
     trt.init_libnvinfer_plugins(get_trt_logger(), "")
@@ -134,6 +138,9 @@ def load_plugins(libraries: Sequence[Path]) -> None:
 
 def _load_into(registry: trt.IPluginRegistry, libraries: Sequence[Path]) -> None:
     for library in libraries:
+        if library.is_dir():  # compiled kernels, which run as Python plugins
+            register_plugins(library)
+            continue
         # The handle is None where the plugins are registered already; what is missing the parser notices.
         registry.load_library(str(library.resolve()))
 
@@ -239,8 +246,9 @@ def _create_config(
             profiling_verbosity=trt.ProfilingVerbosity.DETAILED,
             progress_monitor=make_monitor(log),
         )(builder, network)
-    if configuration.version_compatible and configuration.plugins:
-        _serialize_plugins(config, configuration.plugins)
+    libraries = [library for library in configuration.plugins if library.is_file()]
+    if configuration.version_compatible and libraries:
+        _serialize_plugins(config, libraries)
     return config
 
 

@@ -44,7 +44,8 @@ class Configuration:
 
     Attributes:
         profiles: optimisation profiles; none for a model of fixed shapes.
-        plugins: plugin libraries (IPluginV3), loaded before the model is parsed.
+        plugins: C++ plugin libraries (IPluginV3), and folders of compiled kernels that run as Python plugins; loaded
+            before the model is parsed.
         workspace_mib: most scratch memory a layer may use, in MiB; all of the GPU's when None.
         builder_level: effort from 0 to 5; TensorRT's default when None.
         version_compatible: the engine also runs on later TensorRT versions of the same major.
@@ -77,7 +78,7 @@ class Configuration:
                 f"Choose {' or '.join(COMPATIBILITIES)}."
             )
         for library in self.plugins:
-            if not library.is_file():
+            if not library.exists():
                 raise UserError(f"the plugin library {library} does not exist. Check the path.")
 
     def require(self, tensorrt: tuple[int, int]) -> None:

@@ -38,9 +38,15 @@ def trtexec_line(graph: Path, engine: Path, layers: Path, configuration: Configu
         release: TensorRT version (major, minor) whose trtexec runs the line.
 
     Raises:
-        UserError: the version lacks something that was chosen.
+        UserError: the version lacks something that was chosen, or trtexec cannot do it at all.
     """
     configuration.require(release)
+    for library in configuration.plugins:
+        if library.is_dir():
+            raise UserError(
+                f"trtexec runs no Python plugins, which the kernels in {library} would be. Build the engine with "
+                "`edgeattn build` on the device, or give the C++ library with --plugin."
+            )
     words = ["trtexec"]
     for name, value in _wanted(graph, engine, layers, configuration):
         since, until = option_table()[name]

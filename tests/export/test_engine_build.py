@@ -23,6 +23,7 @@ from edgeattn.export.engine import (
     Configuration,
     PrecisionOptions,
     build,
+    builder,
     machine,
 )
 from edgeattn.export.engine.graph import changes, prepare
@@ -372,3 +373,22 @@ def test_what_the_build_raises_reaches_the_caller() -> None:
 
     with pytest.raises(RuntimeError, match="no memory"):
         run_cancellable(work, PhaseLog(lambda *step: None))
+
+
+class Registry:
+    """Notes the libraries that it is told to load."""
+
+    def __init__(self) -> None:
+        self.loaded: list[str] = []
+
+    def load_library(self, path: str) -> None:
+        self.loaded.append(path)
+
+
+def test_a_folder_of_kernels_becomes_python_plugins(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    library, kernels, registry, registered = tmp_path / "plugins.so", tmp_path / "kernels", Registry(), []
+    library.touch()
+    kernels.mkdir()
+    monkeypatch.setattr(builder, "register_plugins", registered.append)
+    builder._load_into(registry, Configuration(plugins=(library, kernels)).plugins)
+    assert (registry.loaded, registered) == ([str(library)], [kernels])

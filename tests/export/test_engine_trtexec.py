@@ -109,3 +109,8 @@ def test_versions_without_what_was_chosen_are_refused() -> None:
 def test_impossible_choices_are_refused(choices: dict, words: str) -> None:
     with pytest.raises(UserError, match=words):
         Configuration(**choices)
+
+
+def test_trtexec_runs_no_python_plugins(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match="trtexec runs no Python plugins"):
+        trtexec_line(Path("m.onnx"), Path("m.engine"), Path("m.json"), Configuration(plugins=(tmp_path,)), (10, 16))
