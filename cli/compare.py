@@ -22,8 +22,9 @@ def compare(
     samples: Annotated[int, typer.Option(min=1, help="How many samples parity is judged on, at most.")] = 200,
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for parity.json and report.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for judging; large networks gain from more.")] = 1,
+    plugin: Annotated[list[Path] | None, typer.Option(help="Plugin library that engines need; repeatable.")] = None,
 ) -> None:
-    """Judge ONNX files against the PyTorch original with the same weights.
+    """Judge ONNX files, and engines built from them here, against the PyTorch original with the same weights.
 
     Exit status 1 when a file fails parity, 2 when the input cannot be used.
     """
@@ -36,6 +37,7 @@ def compare(
             sample_count=samples,
             output=output,
             threads=threads,
+            plugins=tuple(plugin or ()),
             progress=progress,
         )
     conclude({model: record}, {model: output} if output else {})

@@ -17,15 +17,16 @@ from edgeattn.export.run_directory import versions
 from edgeattn.export.surgery import strip_bodies
 from edgeattn.foundation import UserError, sha256_of
 from edgeattn.models import MODELS
+from edgeattn.validation.open_form import OpenForm, open_form
 from edgeattn.validation.parity import Form, compare_forms
-from edgeattn.validation.runners import facts_of, load_form
+from edgeattn.validation.runners import load_form
 
 
-def form_of(path: Path, model: onnx.ModelProto) -> Form:
-    """Describe a loaded ONNX file as a form: its precision and plugin nodes are read from the graph."""
-    facts = facts_of(model, path)
+def form_of(file: OpenForm, plugin_libraries: Sequence[Path] = ()) -> Form:
+    """Describe a file as a form: its precision and plugin nodes are read from the graph."""
+    facts = file.facts
     precision = "int8" if facts.qdq else "fp16" if facts.fp16 else "fp32"
-    return Form(path.name, path, precision, plugin=bool(facts.plugin_nodes))
+    return Form(file.path.name, file.path, precision, bool(facts.plugin_nodes), tuple(plugin_libraries))
 
 
 def compare_files(
@@ -37,18 +38,20 @@ def compare_files(
     sample_count: int = 200,
     output: Path | None = None,
     threads: int = 1,
+    plugins: Sequence[Path] = (),
     progress: Progress | None = None,
 ) -> dict[str, Any]:
-    """Judge ONNX files against the PyTorch original with the same weights.
+    """Judge ONNX files, and engines built from them here, against the PyTorch original with the same weights.
 
     Args:
         model: name of the model's declaration.
         checkpoint: path of the trained weights, or "bundled".
-        files: ONNX forms of the model.
+        files: ONNX forms of the model, or engines (`.engine`) that `edgeattn build` made on this machine.
         images: folder of images to judge on; the model's held-out samples when None.
         sample_count: how many samples to judge on, at most.
         output: folder for `parity.json` and `report.html`; nothing is written when None.
         threads: threads that run the original and the forms.
+        plugins: plugin libraries that the engines need.
         progress: told about the samples done.
 
     Returns:
@@ -63,9 +66,9 @@ def compare_files(
     forms: list[Form] = []
     sizes: dict[Path, tuple[int, int] | None] = {}
     for file in files:
-        loaded = load_form(file)
-        forms.append(form_of(file, loaded))
-        sizes[file] = _fixed_size(loaded)
+        opened = open_form(file, name=file.name)
+        forms.append(form_of(opened, plugins))
+        sizes[file] = _fixed_size(opened.model)
     samples = EvaluationSamples(spec, images, _common_size(sizes) or spec.size, sample_count)
 
     def move(done: int) -> None:

@@ -18,8 +18,8 @@ from edgeattn.foundation import UserError
 from edgeattn.models.spec import ModelSpec, Sample
 from edgeattn.validation import runners
 from edgeattn.validation.metrics import Agreement, Confusion, TensorComparison, TensorError
+from edgeattn.validation.open_form import open_form
 from edgeattn.validation.records import (
-    STATUS,
     Form,
     FormParity,
     Parity,
@@ -32,7 +32,6 @@ from edgeattn.validation.runners import FormFacts, Latency, TorchRunner
 from edgeattn.validation.tolerance import Tolerance, arithmetic_of, tolerance
 
 __all__ = [
-    "STATUS",
     "Form",
     "FormParity",
     "Parity",
@@ -94,18 +93,17 @@ class _Candidate:
     """A form with its runner."""
 
     def __init__(self, spec: ModelSpec, form: Form, threads: int) -> None:
-        model = runners.load_form(form.path)
+        self.file = open_form(form.path, name=form.name, threads=threads, plugins=form.plugin_libraries)
         self.spec, self.form = spec, form
-        self.facts = runners.facts_of(model, form.path)
-        self.arithmetic = arithmetic_of(model)
-        self.runner = runners.onnx_runner(form.path, self.facts, threads=threads, name=form.name)
+        self.facts, self.runner = self.file.facts, self.file.runner
+        self.arithmetic = arithmetic_of(self.file.model)
         self.failure: str | None = None
 
     def activate(self, stack: ExitStack) -> None:
         try:
             stack.enter_context(self.runner)
         except runners.RUNTIME_ERRORS as error:
-            self.failure = f"ONNX Runtime cannot load it: {error}"
+            self.failure = f"{self.file.runtime} cannot load it: {error}"
 
     def run(self, feed: Arrays, reference: Arrays) -> Arrays | None:
         """Return the outputs in FP32, or None when the form cannot be run any more; the reason is kept."""
@@ -114,7 +112,7 @@ class _Candidate:
         try:
             outputs = self.runner.infer(runners.feed_for(self.runner, self.facts, feed))
         except runners.RUNTIME_ERRORS as error:
-            self.failure = f"ONNX Runtime cannot run it: {error}"
+            self.failure = f"{self.file.runtime} cannot run it: {error}"
             return None
         self.failure = self._defect(outputs, reference)
         return None if self.failure else {name: array.astype(np.float32, copy=False) for name, array in outputs.items()}
@@ -248,12 +246,12 @@ def _judge(
     limits = candidate.limits(tally)
     score = _score(tally.confusion)
     drop = original.mean_iou - score.mean_iou
-    broken = tuple(_broken_claims(candidate.form, candidate.facts))
+    broken = (*_broken_claims(candidate.form, candidate.facts), *candidate.file.broken_claims)
     measured = (candidate.failure,) if candidate.failure else tally.reasons(limits, drop, unlabelled)
     return FormParity(
         form=candidate.form,
         facts=candidate.facts,
-        measured=candidate.facts.measured,
+        measured=candidate.file.measured,
         outputs=tally.errors(),
         label_agreement=tally.agreement.fraction,
         score=score,
@@ -281,9 +279,9 @@ def _time_all(
         if candidate.failure:
             continue
         try:
-            latency = runners.native_latency(candidate.form.path, feed, runs=runs, threads=threads)
+            latency = candidate.file.latency(feed, runs=runs, threads=threads)
         except runners.RUNTIME_ERRORS as error:
-            candidate.failure = f"ONNX Runtime cannot run the file itself, only its emulation: {error}"
+            candidate.failure = f"{candidate.file.runtime} cannot run the file itself, only its emulation: {error}"
         else:
             timed.forms[candidate.form.name] = latency
     return timed

@@ -16,19 +16,17 @@ from edgeattn.validation.metrics import HISTOGRAM_EDGES, TensorError
 from edgeattn.validation.runners import FormFacts, Latency
 from edgeattn.validation.tolerance import Tolerance, require_precision
 
-STATUS = "Measured on CPU with ONNX Runtime; nothing here ran on TensorRT, a GPU or a Jetson."
-"""What no reader may misunderstand about the numbers of this module."""
-
 
 @dataclass(frozen=True)
 class Form:
-    """One ONNX form of a model.
+    """One form of a model.
 
     Attributes:
         name: unique name in tables, such as "fp16 plugin".
-        path: the ONNX file.
+        path: the ONNX file, or the engine that `edgeattn build` made here.
         precision: "fp32", "fp16" or "int8".
         plugin: the attention cores are nodes of domain `edgeattn`.
+        plugin_libraries: libraries that an engine needs to load.
 
     Raises:
         UserError: the precision is unknown.
@@ -38,6 +36,7 @@ class Form:
     path: Path
     precision: str
     plugin: bool
+    plugin_libraries: tuple[Path, ...] = ()
 
     def __post_init__(self) -> None:
         require_precision(self.precision)
@@ -65,7 +64,7 @@ class FormParity:
         task_drop: the original's mean IoU minus the form's (0..1).
         tolerance: limits, with their derivation.
         reasons: why it fails, one sentence each; empty when it passes.
-        latency: as ONNX Runtime runs the file on the CPU; None when not timed.
+        latency: as its runtime runs the file; None when not timed.
     """
 
     form: Form
@@ -156,13 +155,21 @@ class Parity:
         """Whether every form passed, at every size it takes."""
         return all(entry.passed for entry in self.forms) and not any(check.reasons for check in self.sizes)
 
+    @property
+    def status(self) -> str:
+        """Where the numbers come from, which no reader may misunderstand."""
+        engines = sorted({entry.measured for entry in self.forms if entry.measured.startswith("TensorRT")})
+        if engines:
+            return f"Engines measured with {'; '.join(engines)}. Everything else on CPU."
+        return "Measured on CPU with ONNX Runtime; nothing here ran on TensorRT, a GPU or a Jetson."
+
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the pictures in types that JSON has; NaN becomes null, infinity the string "inf"."""
         record = {member.name: getattr(self, member.name) for member in fields(self) if member.name != "pictures"}
         record["forms"] = [{"verdict": _VERDICT[entry.passed], **_members(entry)} for entry in self.forms]
         return {
             "verdict": _VERDICT[self.passed],
-            "status": STATUS,
+            "status": self.status,
             "histogram_log10_edges": _plain(HISTOGRAM_EDGES.tolist()),
             **_plain(record),
         }

@@ -17,7 +17,7 @@ from PIL import Image
 
 from edgeattn.foundation import write_text
 from edgeattn.validation.metrics import HISTOGRAM_EDGES
-from edgeattn.validation.records import STATUS, Parity, Picture
+from edgeattn.validation.records import Parity, Picture
 
 PICTURE_SIDE = 192
 """Longest side of a picture in pixels; keeps six samples of a two-frame model with six forms under 2 MB."""
@@ -48,7 +48,7 @@ def write_report(parity: Parity, path: str | Path, *, manifest: Mapping[str, Any
     colours = palette(len(parity.classes))
     page = environment.from_string(source).render(
         parity=parity,
-        status=STATUS,
+        status=parity.status,
         outputs=_output_names(parity),
         histograms=[(name, _histogram(parity, name)) for name in _output_names(parity)],
         pictures=[list(_panels(picture, colours)) for picture in parity.pictures],

@@ -257,7 +257,7 @@ LATENCY_SECONDS = 2.0
 
 @dataclass(frozen=True)
 class Latency:
-    """CPU latency; no proxy for a GPU.
+    """Latency of one call; a CPU's is no proxy for a GPU's.
 
     Attributes:
         median_ms: median of the runs, milliseconds.

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,9 +12,12 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from edgeattn.export.engine import AGREES
 from edgeattn.foundation import UserError
 from edgeattn.models.spec import ModelSpec, OutputSpec, Preprocessing, Sample
-from edgeattn.validation.parity import STATUS, Form, compare_forms, compare_sizes, write_parity
+from edgeattn.validation import open_form, runners
+from edgeattn.validation.engine_runner import EngineDescription
+from edgeattn.validation.parity import Form, compare_forms, compare_sizes, write_parity
 
 HEIGHT, WIDTH, COUNT = 24, 32, 5
 
@@ -275,7 +279,8 @@ def test_json_round_trip(tmp_path):
     path = write_parity(parity, tmp_path / "run" / "parity.json")
     record = json.loads(path.read_text(), parse_constant=lambda name: pytest.fail(f"{name} is not JSON"))
     assert record == parity.as_dict()
-    assert (record["verdict"], record["status"]) == ("FAIL", STATUS)
+    assert record["verdict"] == "FAIL"
+    assert "nothing here ran on TensorRT" in record["status"]
     assert [form["verdict"] for form in record["forms"]] == ["PASS", "FAIL"]
     assert record["forms"][0]["form"]["path"] == "right.onnx"
     assert record["forms"][0]["tolerance"]["derivation"]
@@ -296,3 +301,35 @@ def test_bad_requests_are_refused(tmp_path):
         judge(form, form)
     with pytest.raises(UserError, match="cannot read the model"):
         judge(dataclasses.replace(form, path=tmp_path / "absent.onnx"))
+
+
+def engine_of(monkeypatch, graph, engine, verdict):
+    """Make a file an engine of `graph`, run by ONNX Runtime in TensorRT's place."""
+    engine.write_bytes(b"engine")
+    description = EngineDescription(engine, "10.3.0", "Orin", False, verdict, graph)
+    monkeypatch.setattr(open_form, "local_machine", lambda: None)
+    monkeypatch.setattr(open_form, "describe_engine", lambda path, machine: description)
+
+    def runner(path, *, plugins, name):
+        assert (path, plugins) == (engine, (Path("plugins.so"),))
+        return runners.onnx_runner(graph, runners.facts_of(runners.load_form(graph), graph), name=name)
+
+    monkeypatch.setattr(open_form, "EngineRunner", runner)
+    return Form("engine", engine, "fp32", False, (Path("plugins.so"),))
+
+
+def test_an_engine_is_judged_like_the_graph_it_was_built_from(tmp_path, monkeypatch):
+    form = right(tmp_path / "right.onnx")
+    engine = engine_of(monkeypatch, form.path, tmp_path / "right.engine", AGREES)
+    parity = judge(form, engine)
+    assert parity.passed
+    assert [entry.measured for entry in parity.forms][1] == "TensorRT 10.3.0 on Orin, TF32 off"
+    assert parity.forms[1].facts.bytes == len(b"engine")
+    assert parity.forms[1].outputs == parity.forms[0].outputs
+    assert parity.status.startswith("Engines measured with TensorRT 10.3.0 on Orin")
+
+
+def test_an_engine_of_unproven_types_fails(tmp_path, monkeypatch):
+    form = right(tmp_path / "right.onnx")
+    parity = judge(engine_of(monkeypatch, form.path, tmp_path / "right.engine", "differs"))
+    assert "not shown to be those of its graph: differs" in parity.forms[0].reasons[0]
