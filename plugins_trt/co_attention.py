@@ -73,6 +73,17 @@ _MERGE = {
 }
 _WARPS = {"attend": 8, "merge": 4}
 _TILINGS = (
+    # Four warps, so that two programs fit an SM: their registers, and shared memory of 96 KiB each.
+    Tiling(
+        constants={
+            "QUERY_BLOCK": 64, "KEY_BLOCK": 32, "HEAD_TILE": 256, "CHANNEL_TILE": 256, "SPLITS": 2, "MERGE_BLOCK": 16,
+        },
+        warps={"attend": 4, "merge": 4},
+        stages={"attend": 2, "merge": 1},
+        elements=("float16", "bfloat16"),
+        layouts=("channels-last",),
+        sms=(90, 100, 110),
+    ),
     Tiling(
         constants={
             "QUERY_BLOCK": 64, "KEY_BLOCK": 32, "HEAD_TILE": 256, "CHANNEL_TILE": 256, "SPLITS": 2, "MERGE_BLOCK": 16,
@@ -91,6 +102,7 @@ _TILINGS = (
         stages={"attend": 2, "merge": 1},
         elements=("float16", "bfloat16"),
     ),
+    # Products of FP32 take three of TF32.
     Tiling(
         constants={
             "QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 32, "CHANNEL_TILE": 128, "SPLITS": 2, "MERGE_BLOCK": 16,

@@ -92,5 +92,6 @@ def run(
             **variant.constants,
             num_warps=variant.warps,
             num_stages=variant.stages,
+            enable_fp_fusion=True,  # as the compiled kernels; newer releases of Triton turn it off by default
         )
     return tuple(buffers[output.name] for output in spec.outputs)

@@ -114,18 +114,20 @@ def attend_both_ways(
     CHANNELS_LAST: tl.constexpr,
 ):
     """Attend from a to b in the first programs and from b to a in the others; arguments as in `attend_one_way`."""
+    # One copy of the inner loop: two would need shared memory for both.
     programs_a = tl.cdiv(positions_a, QUERY_BLOCK) * SPLITS
     program = tl.program_id(0)
     if program < programs_a:
-        _attend_split(
-            query_a, key_b, value_b, partial_a, partial_a_lse, program, positions_a, positions_b,
-            HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, SPLITS, CHANNELS_LAST,
-        )  # fmt: skip
+        query, key, value, partial, partial_lse = query_a, key_b, value_b, partial_a, partial_a_lse
+        queries_total, keys_total = positions_a, positions_b
     else:
-        _attend_split(
-            key_b, query_a, value_a, partial_b, partial_b_lse, program - programs_a, positions_b, positions_a,
-            HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, SPLITS, CHANNELS_LAST,
-        )  # fmt: skip
+        query, key, value, partial, partial_lse = key_b, query_a, value_a, partial_b, partial_b_lse
+        queries_total, keys_total = positions_b, positions_a
+        program -= programs_a
+    _attend_split(
+        query, key, value, partial, partial_lse, program, queries_total, keys_total,
+        HEAD, HEAD_BLOCK, CHANNELS, QUERY_BLOCK, KEY_BLOCK, CHANNEL_BLOCK, SPLITS, CHANNELS_LAST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -233,15 +235,14 @@ def merge_both_ways(
     programs_a = tl.cdiv(positions_a, MERGE_BLOCK)
     program = tl.program_id(0)
     if program < programs_a:
-        _merge(
-            partial_a, partial_a_lse, attended_a, partial_a, partial_a, program, positions_a,
-            CHANNELS, CHANNELS_PADDED, MERGE_BLOCK, SPLITS, False, CHANNELS_LAST,
-        )  # fmt: skip
+        partial, partial_lse, attended, positions = partial_a, partial_a_lse, attended_a, positions_a
     else:
-        _merge(
-            partial_b, partial_b_lse, attended_b, partial_b, partial_b, program - programs_a, positions_b,
-            CHANNELS, CHANNELS_PADDED, MERGE_BLOCK, SPLITS, False, CHANNELS_LAST,
-        )  # fmt: skip
+        partial, partial_lse, attended, positions = partial_b, partial_b_lse, attended_b, positions_b
+        program -= programs_a
+    _merge(
+        partial, partial_lse, attended, partial, partial, program, positions,
+        CHANNELS, CHANNELS_PADDED, MERGE_BLOCK, SPLITS, False, CHANNELS_LAST,
+    )  # fmt: skip
 
 
 @triton.jit
@@ -266,12 +267,11 @@ def merge_both_ways_gated(
     programs_a = tl.cdiv(positions_a, MERGE_BLOCK)
     program = tl.program_id(0)
     if program < programs_a:
-        _merge(
-            partial_a, partial_a_lse, attended_a, gate_weight, gate_bias, program, positions_a,
-            CHANNELS, CHANNELS_PADDED, MERGE_BLOCK, SPLITS, True, CHANNELS_LAST,
-        )  # fmt: skip
+        partial, partial_lse, attended, positions = partial_a, partial_a_lse, attended_a, positions_a
     else:
-        _merge(
-            partial_b, partial_b_lse, attended_b, gate_weight, gate_bias, program - programs_a, positions_b,
-            CHANNELS, CHANNELS_PADDED, MERGE_BLOCK, SPLITS, True, CHANNELS_LAST,
-        )  # fmt: skip
+        partial, partial_lse, attended, positions = partial_b, partial_b_lse, attended_b, positions_b
+        program -= programs_a
+    _merge(
+        partial, partial_lse, attended, gate_weight, gate_bias, program, positions,
+        CHANNELS, CHANNELS_PADDED, MERGE_BLOCK, SPLITS, True, CHANNELS_LAST,
+    )  # fmt: skip

@@ -204,7 +204,7 @@ def test_criss_cross_at_its_published_size() -> None:
     assert cost.bytes == 2 * positions * (2 * 64 + 3 * 512)
     assert cost.workspace_bytes == positions * (512 * 2 + 4)  # one partial result and its log-sum-exp
     assert cost.roofline_seconds(1e15, 1e12) == cost.bytes / 1e12
-    variant = variants_of(spec, "float16", "channels-last", 90, sizes)[0]
+    variant = variants_of(spec, "float16", "channels-last", 87, sizes)[0]
     assert variant.grid(sizes) == [4 * 97, 4, 1]
     assert workspace_shapes(spec, variant, sizes)["partial"] == ((1, 97, 97, 512), "float16")
 
