@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from edgeattn.cli import compare, demo, export, listing, rewrite
+from edgeattn.cli import build, check, compare, demo, export, listing, plugins, rewrite
 from edgeattn.cli.console import ERRORS
 from edgeattn.foundation import UserError
 
@@ -21,6 +21,9 @@ app.command("list")(listing.list_declarations)
 app.command("export")(export.export)
 app.command("compare")(compare.compare)
 app.command("rewrite")(rewrite.rewrite)
+app.command("check")(check.check)
+app.command("build")(build.build)
+app.add_typer(plugins.app, name="plugins")
 app.command("demo")(demo.demo)
 
 

@@ -1,4 +1,4 @@
-"""What TensorRT demands of Q/DQ nodes, read back from a graph."""
+"""What TensorRT demands of Q/DQ nodes, and what INT8 exports promise beyond it, read back from a graph."""
 
 from __future__ import annotations
 
@@ -11,12 +11,17 @@ from onnx_ir.passes.common import LiftConstantsToInitializersPass
 
 from edgeattn.export.attention_islands import attention_maps, softmax_islands
 from edgeattn.export.precision_types import constant_array, element_types, write_types
+from edgeattn.export.support.context import is_weights
+from edgeattn.export.support.quantisation_rules import (
+    DEQUANTIZE,
+    QUANTIZE,
+    channel_problem,
+    quantised_type,
+    scale_problem,
+    zero_point_problem,
+)
 
-QUANTIZE, DEQUANTIZE = "QuantizeLinear", "DequantizeLinear"
 _QDQ = (QUANTIZE, DEQUANTIZE)
-
-CHANNEL_AXES = {"Conv": 0, "ConvTranspose": 1, "MatMul": 1}
-"""Weight axis of the output channels, for the operators whose weights may have one scale for each channel."""
 
 UNSUPPORTED_OPS = frozenset(
     {"ConvInteger", "DynamicQuantizeLinear", "MatMulInteger", "QLinearConv", "QLinearMatMul"},
@@ -58,66 +63,31 @@ def check_qdq(model: onnx.ModelProto) -> list[str]:
 
 def _zero_point(node: ir.Node) -> Iterator[str]:
     zero = node.inputs[2] if len(node.inputs) > 2 else None
-    quantised = node.outputs[0] if node.op_type == QUANTIZE else node.inputs[0]
-    kind = getattr(quantised, "dtype", None)
+    kind = quantised_type(node)
     if kind == ir.DataType.INT32:
         yield "it is an INT32 bias; leave biases in floating point"
     elif kind != ir.DataType.INT8:
         yield f"the quantised type is {kind.name if kind else 'unknown'} instead of INT8"
-    if zero is None:
-        return
-    array = constant_array(zero)
-    if array is None:
+    if zero is not None and not is_weights(zero):
         yield "its zero point is not constant"
-    elif np.any(array != 0):
-        yield f"its zero point is {array[array != 0].flat[0]} instead of 0"
+    elif problem := zero_point_problem(node):
+        yield problem
 
 
 def _scale(node: ir.Node) -> Iterator[str]:
-    scale = constant_array(node.inputs[1])
-    if scale is None:
+    if not is_weights(node.inputs[1]):
         yield "its scale is not constant"
-        return
-    wrong = scale[~(np.isfinite(scale) & (scale > 0))]
-    if wrong.size:
-        yield f"its scale holds {wrong.flat[0]:g}; scales must be finite and positive"
+    elif problem := scale_problem(node):
+        yield problem
 
 
 def _granularity(node: ir.Node) -> Iterator[str]:
     """Check where scales for each channel, or each block, are used."""
-    scale = constant_array(node.inputs[1])
     block = node.attributes.get("block_size")
     if block is not None and block.value:
         yield f"it has blocks of {block.value}; only scales for each tensor or channel are supported"
-    elif scale is not None and scale.ndim > 0 and scale.size > 1:
-        if _source(node) is None:
-            yield f"an activation has {scale.size} scales; activations take one"
-            return
-        axis = node.attributes["axis"].value if "axis" in node.attributes else 1
-        for reader, index in _weight_uses(node):
-            wanted = CHANNEL_AXES.get(reader.op_type)
-            if index != 1 or wanted is None:
-                yield f"input {index} of {reader.name} ({reader.op_type}) has a scale for each channel"
-            elif axis != wanted:
-                yield f"the weight of {reader.name} ({reader.op_type}) has axis {axis} instead of {wanted}"
-
-
-def _source(node: ir.Node) -> np.ndarray | None:
-    """Return the constant that a Q or DQ, possibly behind the Q of the same weight, takes its numbers from."""
-    value = node.inputs[0]
-    producer = value.producer() if value is not None else None
-    if producer is not None and producer.op_type == QUANTIZE:
-        value = producer.inputs[0]
-    return constant_array(value)
-
-
-def _weight_uses(node: ir.Node) -> Iterator[tuple[ir.Node, int]]:
-    """Yield the operators that read a weight, looking through the DQ behind a Q."""
-    for reader, index in node.outputs[0].uses():
-        if reader.op_type == DEQUANTIZE:
-            yield from _weight_uses(reader)
-        else:
-            yield reader, index
+    elif problem := channel_problem(node):
+        yield problem
 
 
 def _pairs(node: ir.Node) -> Iterator[str]:
