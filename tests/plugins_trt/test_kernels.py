@@ -209,6 +209,13 @@ def test_criss_cross_at_its_published_size() -> None:
     assert workspace_shapes(spec, variant, sizes)["partial"] == ((1, 97, 97, 512), "float16")
 
 
+def test_pixel_attention_needs_no_memory_beside_its_tensors() -> None:
+    sizes = {"batch": 1, "head_channels": 64, "channels": 512, "queries": 9409, "keys": 9409}
+    cost = cost_of(PLUGINS.get("PixelAttention"), "float16", 90, sizes)
+    assert cost.workspace_bytes == 0
+    assert cost.bytes == 2 * 9409 * (64 + 64 + 512 + 512)
+
+
 @pytest.mark.parametrize("case", ["rank", "size", "type", "element"])
 def test_inputs_that_do_not_fit_are_refused(case: str) -> None:
     spec = PLUGINS.get("CrissCrossAttention")
