@@ -19,9 +19,11 @@ import torch
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "benchmarks"))
 
-from gpu import bars, clock, operations, tables  # noqa: E402
+from gpu import bars, clock, data, driver, operations, tables  # noqa: E402
 from gpu.cases import SECTIONS, Case, Section, Settings  # noqa: E402
+from gpu.checks import with_kernels  # noqa: E402
 from gpu.driver_api import CudaDriver, DriverError, RecordingDriver  # noqa: E402
+from gpu.driver_cpp import Content, CppLibrary, CppLibraryError  # noqa: E402
 from gpu.ranking import ranking  # noqa: E402
 from gpu.results import DRY_NOTICE, Results  # noqa: E402
 from gpu.self_test import EXPECTED  # noqa: E402
@@ -93,7 +95,9 @@ def test_dry_run_goes_through_every_section(tmp_path: Path) -> None:
         for record in section["records"]
         if record["status"] != "ok"
     ]
-    assert skipped == ["C++ plugin library"]
+    built = shutil.which("g++") is not None  # cuda.h comes with Triton
+    assert len(skipped) == (1 if built else 2)
+    assert skipped[0] == "C++ plugin library"
     with_kernels = {spec.name for spec in PLUGINS if spec.launches}
     checked = document["sections"]["checks"]["records"]
     assert {record["operation"] for record in checked} == with_kernels
@@ -101,6 +105,8 @@ def test_dry_run_goes_through_every_section(tmp_path: Path) -> None:
     assert all(max(record["relative_l2"]) <= record["limit"] for record in checked)
     launched = [r for r in document["sections"]["driver"]["records"] if "launches" in r]
     assert {record["form"] for record in launched} == {"cubin", "ptx"}
+    (planned,) = [r for r in document["sections"]["driver"]["records"] if r.get("form") == "C++ library"]
+    assert "not run: there is no g++" in planned["reason"] if not built else planned["workspace_bytes"] > 0
     assert document["sections"]["tuning"]["ranking"]
     assert document["bars"]
     assert {bar["met"] for bar in document["bars"]} == {None}
@@ -431,3 +437,74 @@ def test_stand_in_reads_the_same_arguments() -> None:
 def test_absent_driver_is_an_error() -> None:
     with pytest.raises(DriverError, match=r"libnothing\.so"):
         CudaDriver("libnothing.so")
+
+
+class FakeCppLibrary:
+    """A C++ library that holds one operation for two architectures and computes it where the addresses say."""
+
+    offset = 0.0
+
+    def __init__(self, path: Path) -> None:
+        assert path == Path("given.so")
+        self.spec = with_kernels()[0]
+
+    def contents(self) -> list[Content]:
+        kind = (self.spec.op_type, len(self.spec.inputs), "float32", "linear", driver.DRY_STATIC)
+        return [Content(*kind, sm) for sm in (87, 90)]
+
+    def workspace_bytes(self, op_type: str, element: str, layout: str, shapes: Any) -> int:
+        assert (op_type, element, layout, len(shapes)) == (
+            self.spec.op_type,
+            "float32",
+            "linear",
+            len(self.spec.inputs),
+        )
+        return 512
+
+    def launch(self, op_type: str, element: str, layout: str, shapes: Any, **places: Any) -> str:
+        names = [tensor.name for tensor in self.spec.inputs]
+        sizes = self.spec.sizes_of(dict(zip(names, shapes, strict=True)))
+        inputs = {
+            name: self.tensor(address, shape)
+            for name, address, shape in zip(names, places["inputs"], shapes, strict=True)
+        }
+        expected = operations.reference_of(self.spec, inputs)
+        for output, address, values in zip(self.spec.outputs, places["outputs"], expected, strict=True):
+            written = self.tensor(address, self.spec.shape_of(output, sizes))
+            assert written.isnan().all()
+            written.copy_(values + self.offset)
+        assert self.tensor(places["workspace"], (128,)).isnan().all()
+        assert places["stream"] == FakeStream.cuda_stream
+        return "PTX"
+
+    @staticmethod
+    def tensor(address: int, shape: tuple[int, ...]) -> torch.Tensor:
+        memory = (ctypes.c_float * math.prod(shape)).from_address(address)
+        return torch.frombuffer(memory, dtype=torch.float32).reshape(shape)
+
+
+@pytest.mark.usefixtures("fake_cuda")
+def test_given_cpp_library_is_checked_for_what_it_holds(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(dry=False, seed=0, scratch="", cpp_library="given.so")
+    monkeypatch.setattr(driver, "CppLibrary", FakeCppLibrary)
+    monkeypatch.setattr(data, "device_of", lambda settings: torch.device("cpu"))
+    cases = [case for case in driver.plan(settings, []) if case.name.startswith(driver.CPP_LIBRARY)]
+    assert len(cases) == 2
+    monkeypatch.setattr(driver, "MAPS", driver.DRY_MAPS)
+    assert list(driver.run(cases[0], settings)) == [{"status": "ok", "kernel_sets": 2, "architectures": [87, 90]}]
+    (record,) = driver.run(cases[1], settings)
+    assert (record["status"], record["form"], record["remark"]) == ("ok", "given C++ library", "PTX")
+    assert 0 < max(record["relative_l2"]) < 1e-6
+    monkeypatch.setattr(FakeCppLibrary, "offset", 0.1)
+    (record,) = driver.run(cases[1], settings)
+    assert record["status"] == "failed"
+
+
+def test_unusable_cpp_library_is_a_failure(tmp_path: Path) -> None:
+    other = tmp_path / "other.so"
+    other.write_text("not a library")
+    with pytest.raises(CppLibraryError, match=r"other\.so cannot be used"):
+        CppLibrary(other)
+    settings = Settings(dry=False, seed=0, scratch="", cpp_library=str(other))
+    assert driver.cpp_library(settings)["status"] == "failed"
+    assert [case.name for case in driver.plan(settings, [])].count(driver.CPP_LIBRARY) == 1

@@ -24,7 +24,7 @@ class Settings:
         dry: tiny sizes on the CPU, in Triton's interpreter; nothing is a measurement.
         seed: seed of all random data.
         scratch: folder for files between cases.
-        cpp_library: path of libedgeattn_plugins.so, or None.
+        cpp_library: path of libedgeattn_plugins.so or libedgeattn_kernels.so, or None.
         operations: names of the operations to tune; all when empty.
         elements: data types to tune.
     """

@@ -1,4 +1,4 @@
-"""Runs an operation from a kernel library on torch tensors through the driver, step for step as the C++ host does."""
+"""Runs an operation from a kernel library on torch tensors: through the driver, or through the C++ library itself."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from gpu.driver_api import Driver
+from gpu.driver_cpp import CppLibrary
 from gpu.operations import Tensors
 
 from edgeattn.plugins_trt import PluginSpec
@@ -18,8 +19,27 @@ FORMS = ("cubin", "ptx")
 """What the C++ host loads: machine code, or else PTX that the driver compiles."""
 
 
+def poisoned_outputs(
+    spec: PluginSpec, sizes: Mapping[str, int], element: str, layout: str, device: torch.device
+) -> dict[str, torch.Tensor]:
+    """Return every output by name, in the layout and full of NaN."""
+    outputs = {}
+    for output in spec.outputs:
+        shape = spec.shape_of(output, sizes)
+        outputs[output.name] = torch.empty(
+            shape,
+            dtype=getattr(torch, element),
+            device=device,
+            memory_format=(
+                torch.channels_last if layout == "channels-last" and len(shape) == 4 else torch.contiguous_format
+            ),
+        ).fill_(math.nan)
+    return outputs
+
+
 class CompiledOperation:
-    """The loaded kernels of one operation, data type, layout and set of static sizes.
+    """The loaded kernels of one operation, data type, layout and set of static sizes, launched step for step as the
+    C++ host does.
 
     Args:
         spec: the operation.
@@ -49,22 +69,11 @@ class CompiledOperation:
         spec, first = self._spec, self._kernels[0]
         sizes = spec.sizes_of({name: tuple(tensor.shape) for name, tensor in inputs.items()})
         device = next(iter(inputs.values())).device
-        buffers: dict[str, torch.Tensor] = dict(inputs)
-        for output in spec.outputs:
-            shape = spec.shape_of(output, sizes)
-            last = first.layout == "channels-last" and len(shape) == 4
-            buffers[output.name] = torch.empty(
-                shape,
-                dtype=getattr(torch, first.element),
-                device=device,
-                memory_format=torch.channels_last if last else torch.contiguous_format,
-            )
+        buffers = {**inputs, **poisoned_outputs(spec, sizes, first.element, first.layout, device)}
         for workspace in spec.workspaces:
             shape = tuple(evaluate(extent, {**sizes, **first.scope}) for extent in workspace.shape)
             element = first.element if workspace.element == "data" else workspace.element
-            buffers[workspace.name] = torch.empty(shape, dtype=getattr(torch, element), device=device)
-        for name in buffers.keys() - inputs.keys():
-            buffers[name].fill_(math.nan)
+            buffers[workspace.name] = torch.full(shape, math.nan, dtype=getattr(torch, element), device=device)
         for kernel, function in zip(self._kernels, self._functions, strict=True):
             self._launch(kernel, function, buffers, sizes, stream)
         return tuple(buffers[output.name] for output in spec.outputs)
@@ -86,3 +95,51 @@ class CompiledOperation:
         ]
         grid = [evaluate(text, scope) for text in launch.grid]
         self._driver.launch(function, grid, 32 * kernel.warps, kernel.shared, stream, arguments)
+
+
+class CppOperation:
+    """An operation of the C++ library, for one data type and layout.
+
+    Args:
+        spec: the operation.
+        element: data type.
+        layout: layout of 4-D tensors.
+        library: the library.
+
+    Attributes:
+        remark: "" when the latest run took machine code for this device, else what ran.
+    """
+
+    def __init__(self, spec: PluginSpec, element: str, layout: str, library: CppLibrary) -> None:
+        self._spec, self._kind, self._library = spec, (spec.op_type, element, layout), library
+        self.remark = ""
+
+    def workspace_bytes(self, inputs: Mapping[str, torch.Tensor]) -> int:
+        """Return the size of the workspace."""
+        return self._library.workspace_bytes(*self._kind, self._shapes(inputs))
+
+    def run(self, inputs: Mapping[str, torch.Tensor], stream: int) -> Tensors:
+        """Run the operation; outputs and workspace hold NaN before.
+
+        Args:
+            inputs: every input by name, in the layout.
+            stream: CUDA stream.
+        """
+        spec = self._spec
+        sizes = spec.sizes_of({name: tuple(tensor.shape) for name, tensor in inputs.items()})
+        device = next(iter(inputs.values())).device
+        outputs = poisoned_outputs(spec, sizes, *self._kind[1:], device)
+        # Bytes of 255 are NaN in every data type.
+        workspace = torch.full((self.workspace_bytes(inputs),), 255, dtype=torch.uint8, device=device)
+        self.remark = self._library.launch(
+            *self._kind,
+            self._shapes(inputs),
+            inputs=[inputs[tensor.name].data_ptr() for tensor in spec.inputs],
+            outputs=[tensor.data_ptr() for tensor in outputs.values()],
+            workspace=workspace.data_ptr(),
+            stream=stream,
+        )
+        return tuple(outputs.values())
+
+    def _shapes(self, inputs: Mapping[str, torch.Tensor]) -> list[tuple[int, ...]]:
+        return [tuple(inputs[tensor.name].shape) for tensor in self._spec.inputs]

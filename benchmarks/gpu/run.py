@@ -14,7 +14,8 @@ Sections, in the order of importance (`--sections` selects):
              than 65,504 positions and more than 2^31 elements, poisoned outputs, each twice with equal bits
     speed    ours, torch eager, torch.compile, scaled_dot_product_attention and the roofline of the bandwidth and the
              matrix rates measured in the same run; memory; the bars
-    driver   kernels compiled ahead of time, read from a library and launched through the CUDA driver, against FP64
+    driver   kernels compiled ahead of time, read from a library and launched through the CUDA driver and, where there
+             is g++, through the C++ library, against FP64; also all that a given `--cpp-library` holds
     blocks   every block in FP32, FP16 and BF16 against its original in FP64
     tuning   only with `--tune`: checks and times tilings at the published sizes and ranks them; alone with
              `--sections= --tune`, for some operations with `--operations CrissCrossAttention`
@@ -71,7 +72,7 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--seconds", type=float, help="time for each section, in place of its own")
     parser.add_argument("--wall", type=float, default=WALL_SECONDS, help="time for everything")
     parser.add_argument("--seed", type=int, help="seed of the random data; a new one when not given")
-    parser.add_argument("--cpp-library", help="path of libedgeattn_plugins.so, to be checked as well")
+    parser.add_argument("--cpp-library", help="path of libedgeattn_plugins.so or _kernels.so, to run as well")
     parser.add_argument("--dry-run", action="store_true", help="tiny sizes on the CPU; no measurement")
     return parser.parse_args()
 

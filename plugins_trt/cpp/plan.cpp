@@ -13,17 +13,8 @@ constexpr int64_t kLargestImage = std::numeric_limits<int32_t>::max();
 constexpr std::array<int64_t, 3> kLargestGrid{std::numeric_limits<int32_t>::max(), 65535, 65535};
 constexpr size_t kAlignment = 256;
 
-char const* nameOf(Element element)
-{
-    constexpr char const* kNames[kElementCount] = {"float16", "bfloat16", "float32"};
-    return kNames[static_cast<int32_t>(element)];
-}
-
-char const* nameOf(Layout layout)
-{
-    constexpr char const* kNames[kLayoutCount] = {"linear", "channels-last"};
-    return kNames[static_cast<int32_t>(layout)];
-}
+constexpr std::array<char const*, kElementCount> kElementNames{"float16", "bfloat16", "float32"};
+constexpr std::array<char const*, kLayoutCount> kLayoutNames{"linear", "channels-last"};
 
 std::string joined(std::vector<std::string> const& parts, char const* separator)
 {
@@ -43,6 +34,19 @@ std::string textOf(Shape const& shape)
         extents.push_back(std::to_string(extent));
     }
     return "(" + joined(extents, ", ") + ")";
+}
+
+//! Return the position of a name; throw Error when it is none of the names.
+template <size_t count>
+int32_t positionOf(std::string const& name, char const* subject, std::array<char const*, count> const& names)
+{
+    auto const found = std::find(names.begin(), names.end(), name);
+    if (found == names.end())
+    {
+        throw Error(std::string(subject) + " '" + name + "' is none of "
+            + joined(std::vector<std::string>(names.begin(), names.end()), ", "));
+    }
+    return static_cast<int32_t>(found - names.begin());
 }
 
 //! Return "head_channels=64, channels=512", with a question mark for what is unknown.
@@ -71,6 +75,47 @@ Sizes staticSizesOf(Signature const& signature, Row const& row)
 }
 
 } // namespace
+
+Operation const& operationNamed(Table const& table, std::string const& name)
+{
+    std::vector<std::string> known;
+    for (Operation const& operation : table.operations)
+    {
+        if (name == operation.opType)
+        {
+            return operation;
+        }
+        known.push_back(operation.opType);
+    }
+    throw Error("no such operation. This library holds: " + joined(known, ", "));
+}
+
+std::string contentsOf(Table const& table)
+{
+    std::string text;
+    for (Operation const& operation : table.operations)
+    {
+        for (Signature const& signature : operation.signatures)
+        {
+            for (Row const& row : signature.rows)
+            {
+                text += std::string(operation.opType) + ", " + std::to_string(signature.inputs.size) + ", "
+                    + describe(signature, row) + ", sm_" + std::to_string(row.sm) + "\n";
+            }
+        }
+    }
+    return text;
+}
+
+Element elementNamed(std::string const& name)
+{
+    return static_cast<Element>(positionOf(name, "the data type", kElementNames));
+}
+
+Layout layoutNamed(std::string const& name)
+{
+    return static_cast<Layout>(positionOf(name, "the layout", kLayoutNames));
+}
 
 Signature const& signatureOf(Operation const& operation, int32_t inputCount)
 {
@@ -168,7 +213,13 @@ std::vector<Row const*> rowsFor(Signature const& signature, Element element, Lay
 std::string describe(Signature const& signature, Element element, Layout layout, Sizes const& sizes)
 {
     std::string const fixed = staticText(signature, sizes, ", ");
-    return std::string(nameOf(element)) + ", " + nameOf(layout) + (fixed.empty() ? "" : ", " + fixed);
+    return std::string(kElementNames[static_cast<size_t>(element)]) + ", " + kLayoutNames[static_cast<size_t>(layout)]
+        + (fixed.empty() ? "" : ", " + fixed);
+}
+
+std::string describe(Signature const& signature, Row const& row)
+{
+    return describe(signature, row.element, row.layout, staticSizesOf(signature, row));
 }
 
 std::string describe(Signature const& signature, Sizes const& sizes)
@@ -190,7 +241,7 @@ std::string missingKernel(
     std::set<std::string> known;
     for (Row const& row : signature.rows)
     {
-        known.insert(describe(signature, row.element, row.layout, staticSizesOf(signature, row)));
+        known.insert(describe(signature, row));
     }
     std::string text = "no kernel for " + describe(signature, element, layout, sizes) + ". This library holds:";
     for (std::string const& entry : known)
@@ -221,6 +272,16 @@ WorkspaceLayout workspaceOf(Row const& row, Sizes const& sizes)
         layout.bytes += (size + kAlignment - 1) / kAlignment * kAlignment;
     }
     return layout;
+}
+
+size_t largestWorkspace(std::vector<Row const*> const& rows, Sizes const& sizes)
+{
+    size_t bytes = 0;
+    for (Row const* row : rows)
+    {
+        bytes = std::max(bytes, workspaceOf(*row, sizes).bytes);
+    }
+    return bytes;
 }
 
 std::vector<PlannedLaunch> planOf(Signature const& signature, Row const& row, Sizes const& sizes)

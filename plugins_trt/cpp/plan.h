@@ -17,6 +17,17 @@ using Shape = Span<int64_t>;
 
 constexpr int64_t kUnknown = -1;
 
+//! Return the operation with a name; throw Error when the table has none.
+Operation const& operationNamed(Table const& table, std::string const& name);
+
+//! Return one line for every row, such as "CrissCrossAttention, 3, float16, linear, head_channels=64, channels=512,
+//! sm_87", where 3 is the number of inputs.
+std::string contentsOf(Table const& table);
+
+//! Return the element or layout with a name such as "float16" or "channels-last"; throw Error when there is none.
+Element elementNamed(std::string const& name);
+Layout layoutNamed(std::string const& name);
+
 //! Return the signature with that many inputs; throw Error when there is none.
 Signature const& signatureOf(Operation const& operation, int32_t inputCount);
 
@@ -35,6 +46,9 @@ std::vector<Row const*> rowsFor(Signature const& signature, Element element, Lay
 //! Return "float16, linear, head_channels=64, channels=512".
 std::string describe(Signature const& signature, Element element, Layout layout, Sizes const& sizes);
 
+//! Return the same for what a row was compiled for.
+std::string describe(Signature const& signature, Row const& row);
+
 //! Return "batch=1, height=97" for all sizes that are known.
 std::string describe(Signature const& signature, Sizes const& sizes);
 
@@ -50,6 +64,9 @@ struct WorkspaceLayout
 };
 
 WorkspaceLayout workspaceOf(Row const& row, Sizes const& sizes);
+
+//! Return the bytes of the workspace that are enough whichever of the rows runs; 0 without rows.
+size_t largestWorkspace(std::vector<Row const*> const& rows, Sizes const& sizes);
 
 struct PlannedLaunch
 {

@@ -285,12 +285,7 @@ size_t OperationPlugin::getWorkspaceSize(nvinfer1::DynamicPluginTensorDesc const
             [&](int32_t index)
                 -> auto const& { return index < nbInputs ? inputs[index].desc : outputs[index - nbInputs].desc; });
         // The most that any architecture's tiling needs: an engine may run on another GPU than the one it was built on.
-        size_t bytes = 0;
-        for (Row const* row : rowsFor(signature, element, layout, sizes))
-        {
-            bytes = std::max(bytes, workspaceOf(*row, sizes).bytes);
-        }
-        return bytes;
+        return largestWorkspace(rowsFor(signature, element, layout, sizes), sizes);
     });
 }
 
@@ -303,22 +298,17 @@ int32_t OperationPlugin::onShapeChange(nvinfer1::PluginTensorDesc const* in, int
         std::vector<Shape> shapes;
         std::transform(in, in + nbInputs, std::back_inserter(shapes),
             [](nvinfer1::PluginTensorDesc const& input) { return shapeOf(input.dims); });
-        Request request{&signature, sizesOf(signature, shapes), {}};
-        checkImages(signature, request.sizes);
-        auto const [element, layout] = kindOf(signature, nbInputs + nbOutputs, request.sizes,
+        Sizes const sizes = sizesOf(signature, shapes);
+        auto const [element, layout] = kindOf(signature, nbInputs + nbOutputs, sizes,
             [&](int32_t index) -> auto const& { return index < nbInputs ? in[index] : out[index - nbInputs]; });
-        request.rows = rowsFor(signature, element, layout, request.sizes);
-        if (request.rows.empty())
-        {
-            throw Error(missingKernel(operation_, signature, element, layout, request.sizes));
-        }
+        Request request = requestFor(operation_, signature, sizes, element, layout);
         prepared_.reset();
         request_ = std::move(request);
         try
         {
             if (threadHasContext()) // else enqueue takes the stream's
             {
-                prepare(ContextScope(nullptr).id());
+                prepareFor(ContextScope(nullptr).id());
             }
         }
         catch (Error const&)
@@ -330,17 +320,13 @@ int32_t OperationPlugin::onShapeChange(nvinfer1::PluginTensorDesc const* in, int
     });
 }
 
-void OperationPlugin::prepare(unsigned long long contextId)
+void OperationPlugin::prepareFor(unsigned long long contextId)
 {
-    Prepared prepared{contextId, loadRow(request_->rows, contextId), {}, {}};
-    Row const& row = *prepared.code.row;
-    prepared.launches = planOf(*request_->signature, row, request_->sizes);
-    prepared.workspace = workspaceOf(row, request_->sizes);
-    if (!prepared.code.remark.empty())
+    prepared_ = prepare(*request_, contextId);
+    if (!prepared_->code.remark.empty())
     {
-        warnOnce(Severity::kWARNING, prepared.code.remark);
+        warnOnce(Severity::kWARNING, prepared_->code.remark);
     }
-    prepared_ = std::move(prepared);
 }
 
 int32_t OperationPlugin::enqueue(nvinfer1::PluginTensorDesc const*, nvinfer1::PluginTensorDesc const*,
@@ -354,53 +340,11 @@ int32_t OperationPlugin::enqueue(nvinfer1::PluginTensorDesc const*, nvinfer1::Pl
         ContextScope const context(stream);
         if (!prepared_ || prepared_->contextId != context.id())
         {
-            prepare(context.id());
+            prepareFor(context.id());
         }
-        for (int32_t index = 0; index < request_->signature->launches.size; ++index)
-        {
-            launch(index, inputs, outputs, workspace, stream);
-        }
+        launchAll(*request_, *prepared_, inputs, outputs, workspace, stream);
         return kSuccess;
     });
-}
-
-void OperationPlugin::launch(
-    int32_t index, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream)
-{
-    auto const position = static_cast<size_t>(index);
-    Launch const& declared = request_->signature->launches[position];
-    Kernel const& kernel = prepared_->code.row->kernels[position];
-    PlannedLaunch& planned = prepared_->launches[position];
-    auto const count = static_cast<size_t>(declared.arguments.size);
-    std::vector<void const*> pointers(count, nullptr);
-    std::vector<void*> parameters(count, nullptr);
-    for (size_t number = 0; number < count; ++number)
-    {
-        Argument const& argument = declared.arguments[number];
-        auto const source = static_cast<size_t>(argument.index);
-        parameters[number] = &pointers[number];
-        switch (argument.source)
-        {
-        case Source::kInput: pointers[number] = inputs[source]; break;
-        case Source::kOutput: pointers[number] = outputs[source]; break;
-        case Source::kWorkspace:
-            pointers[number] = static_cast<unsigned char*>(workspace) + prepared_->workspace.offsets[source];
-            break;
-        case Source::kScalar: parameters[number] = &planned.scalars[source]; break;
-        }
-    }
-    CudaDriver const& driver = CudaDriver::get();
-    CUresult const result = driver.cuLaunchKernel_(prepared_->code.functions[position], planned.grid[0],
-        planned.grid[1], planned.grid[2], kernel.threads, 1, 1, kernel.sharedBytes, stream, parameters.data(), nullptr);
-    if (result != CUDA_SUCCESS)
-    {
-        driver.check(result,
-            std::string("launching the kernel ") + kernel.entry + " (" + declared.name + ", grid "
-                + std::to_string(planned.grid[0]) + "x" + std::to_string(planned.grid[1]) + "x"
-                + std::to_string(planned.grid[2]) + ", " + std::to_string(kernel.threads) + " threads, "
-                + std::to_string(kernel.sharedBytes) + " bytes of shared memory) at "
-                + describe(*request_->signature, request_->sizes));
-    }
 }
 
 OperationCreator::OperationCreator(Operation const& operation) noexcept

@@ -1,9 +1,8 @@
 // The one plugin class and the one creator class, for every operation of the kernel table.
 #pragma once
 
-#include "kernel_loader.h"
 #include "kernel_table.h"
-#include "plan.h"
+#include "launcher.h"
 
 #include <NvInferRuntime.h>
 
@@ -63,26 +62,8 @@ public:
     nvinfer1::PluginFieldCollection const* getFieldsToSerialize() noexcept override;
 
 private:
-    //! What the current shapes, types and formats ask for.
-    struct Request
-    {
-        Signature const* signature;
-        Sizes sizes;
-        std::vector<Row const*> rows;
-    };
-
-    //! A request with code loaded for one CUDA context, ready to launch.
-    struct Prepared
-    {
-        unsigned long long contextId;
-        LoadedRow code;
-        std::vector<PlannedLaunch> launches;
-        WorkspaceLayout workspace;
-    };
-
     Signature const& signatureFor(int32_t nbInputs, int32_t nbOutputs) const;
-    void prepare(unsigned long long contextId);
-    void launch(int32_t index, void const* const* inputs, void* const* outputs, void* workspace, CUstream stream);
+    void prepareFor(unsigned long long contextId);
     void warnOnce(Severity severity, std::string const& message);
 
     Operation const& operation_;

@@ -1,8 +1,10 @@
 """The C++ host does what the declarations say: its generated table, and the compiled library without TensorRT or GPU.
 
-The table's tests need a C++ compiler. The library's need headers as well: those of CUDA, and those of TensorRT in
+The table's tests need a C++ compiler, those of the C functions cuda.h as well, which comes with Triton. The plugin
+library's need the headers of CUDA, and those of TensorRT in
 `$EDGEATTN_TENSORRT_HEADERS/<version>/`, of which the newest are used, or all with EDGEATTN_EVERY_TENSORRT=1. The
-library then runs in a program that plays TensorRT (cpp/driver.cpp), on a driver that plays CUDA (cpp/fake_cuda.cpp).
+library then runs in a program that plays TensorRT (cpp/driver.cpp). Both run on a driver that plays CUDA
+(cpp/fake_cuda.cpp).
 """
 
 from __future__ import annotations
@@ -29,6 +31,10 @@ from edgeattn.plugins_trt.cpp_table import CODE, SOURCES, TABLE, write_table
 from edgeattn.plugins_trt.kernel_library import CompiledKernel, KernelLibrary
 from edgeattn.plugins_trt.spec import ELEMENT_BYTES, LAYOUTS
 from edgeattn.plugins_trt.variants import KernelVariant, variants_of, workspace_shapes
+
+sys.path.append(str(Path(__file__).parents[2] / "benchmarks"))
+
+from gpu.driver_build import HOST, ToolMissingError, build, cuda_headers
 
 HELPERS = Path(__file__).parent / "cpp"
 ELEMENTS = tuple(ELEMENT_BYTES)
@@ -58,8 +64,8 @@ def sizes_of(spec: PluginSpec, static: Mapping[str, int], first: int = 3) -> dic
 
 @cache
 def variants(spec: PluginSpec, element: str, layout: str, static: tuple[tuple[str, int], ...], sm: int) -> Any:
-    """The kernels of one row. On sm_90 every tile is twice as large, so that rows of architectures differ."""
-    factor = 2 if sm == 90 else 1
+    """The kernels of one row. On sm_87, which is in the middle, every tile is twice as large: rows have to differ."""
+    factor = 2 if sm == 87 else 1
     return [
         dataclasses.replace(
             variant,
@@ -261,6 +267,173 @@ def test_libraries_that_do_not_fit_are_refused(tmp_path: Path) -> None:
         write_table(library)
 
 
+# --- the C functions ---------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass
+class Functions:
+    """A library with the C functions, and the folder of the fake libcuda.so.1."""
+
+    library: Path
+    folder: Path
+
+    def call(self, tmp_path: Path, *commands: Any, **settings: Any) -> tuple[list[Any], list[Any]]:
+        """Return the answers to commands (see call_c_api.py) and the calls of the fake CUDA driver."""
+        log = tmp_path / "calls.json"
+        log.write_text("")
+        environment = {**os.environ, "LD_LIBRARY_PATH": str(self.folder), "FAKE_CUDA_LOG": str(log)}
+        environment |= {name: str(value) for name, value in settings.items()}
+        text = "".join(f"{json.dumps(command)}\n" for command in commands)
+        answers = run([sys.executable, HELPERS / "call_c_api.py", self.library], input=text, env=environment)
+        return [*map(json.loads, answers.splitlines())], [*map(json.loads, log.read_text().splitlines())]
+
+
+def fake_driver(folder: Path) -> None:
+    options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", cuda_headers()]
+    run(["g++", *options, "-shared", "-fPIC", HELPERS / "fake_cuda.cpp", "-o", folder / "libcuda.so.1"])
+
+
+@pytest.fixture(scope="module")
+def functions(library: KernelLibrary, tmp_path_factory: pytest.TempPathFactory) -> Functions:
+    folder = tmp_path_factory.mktemp("functions")
+    try:
+        built = build(library, folder / "objects", optimise=False)
+    except ToolMissingError as error:
+        pytest.skip(str(error))
+    fake_driver(folder)
+    return Functions(built, folder)
+
+
+def arguments_of(
+    spec: PluginSpec, sizes: Mapping[str, int], element: str = "float16", layout: str = "linear"
+) -> list[Any]:
+    return [spec.op_type, element, layout, [spec.shape_of(tensor, sizes) for tensor in spec.inputs]]
+
+
+def addresses_of(spec: PluginSpec, **changes: Any) -> dict[str, Any]:
+    """The addresses that `expected_launches` expects."""
+    return {
+        "inputs": [4096 * (index + 1) for index in range(len(spec.inputs))],
+        "outputs": [1048576 * (index + 1) for index in range(len(spec.outputs))],
+        "workspace": WORKSPACE,
+        "stream": STREAM,
+        **changes,
+    }
+
+
+EXPORTED = {f"edgeattn_{name}" for name in ("contents", "last_error", "last_remark", "launch", "workspace_bytes")}
+
+
+def exports_of(library: Path) -> set[str]:
+    return {line.split()[-1] for line in run(["nm", "-D", "--defined-only", library]).splitlines()}
+
+
+def test_c_functions_need_neither_tensorrt_nor_cuda_to_load(functions: Functions) -> None:
+    assert exports_of(functions.library) == EXPORTED
+    assert not re.search(r"nvinfer1|\bcu[A-Z]|cuda", run(["nm", "-D", "-u", "-C", functions.library]))
+    strict = ["-std=c99", "-pedantic", "-Wall", "-Wextra", "-Werror", "-fsyntax-only"]
+    run(["g++", "-x", "c", *strict, SOURCES / "c_api.h"])
+    cmake = (SOURCES / "CMakeLists.txt").read_text()
+    assert " ".join(HOST) in cmake
+
+
+def test_c_functions_tell_what_the_library_holds(functions: Functions, tmp_path: Path) -> None:
+    (contents,), calls = functions.call(tmp_path, ["contents"])
+    expected = [
+        {
+            "op_type": spec.op_type,
+            "input_count": len(spec.inputs),
+            "element": row[0].element,
+            "layout": row[0].layout,
+            "static": dict(row[0].static),
+            "sm": row[0].sm,
+        }
+        for spec, row in rows()
+    ]
+    key = json.dumps
+    assert sorted(map(key, contents)) == sorted(map(key, expected))
+    assert not calls
+
+
+@pytest.mark.parametrize(("sm", "first"), [(87, 3), (90, 31)])
+def test_c_functions_launch_what_is_declared(functions: Functions, tmp_path: Path, sm: int, first: int) -> None:
+    check_functions(functions, tmp_path, SPECS, sm=sm, first=first)
+
+
+def check_functions(functions: Functions, tmp_path: Path, specs: Sequence[PluginSpec], *, sm: int, first: int) -> None:
+    commands: list[Any] = []
+    answers: list[Any] = []
+    launches: list[Any] = []
+    for spec in specs:
+        for static, element, layout in itertools.product(statics(spec), ELEMENTS, layouts_of(spec)):
+            sizes = sizes_of(spec, static, first=first)
+            kind = arguments_of(spec, sizes, element, layout)
+            commands += [["workspace_bytes", *kind], ["launch", *kind, addresses_of(spec)]]
+            by_sm = {sm: variants(spec, element, layout, tuple(static.items()), sm) for sm in SMS}
+            answers += [max(aligned(workspace_bytes(row, sizes))[-1] for row in by_sm.values()), ""]
+            launches += expected_launches(by_sm[sm], sizes)
+    answered, calls = functions.call(tmp_path, *commands, FAKE_CUDA_SM=sm)
+    assert answered == answers
+    assert launches_in(calls) == launches
+
+
+def test_c_functions_say_what_is_wrong(functions: Functions, tmp_path: Path) -> None:
+    spec = next(spec for spec in SPECS if spec.static and spec.workspaces)
+    sizes = sizes_of(spec, statics(spec)[0])
+    name, element, layout, shapes = arguments_of(spec, sizes)
+    axes = len(shapes[0])
+    other = arguments_of(spec, {**sizes, spec.static[0]: 1000})[-1]
+    addresses = addresses_of(spec)
+    last = spec.inputs[-1].name
+    wrong = {
+        "nothing: no such operation. This library holds: ": ("nothing", element, layout, shapes),
+        f"it has {len(shapes) + 7} inputs, but takes": (name, element, layout, [*shapes, *[[1]] * 7]),
+        "the data type 'float64' is none of float16, bfloat16, float32": (name, "float64", layout, shapes),
+        "the layout 'NHWC' is none of linear, channels-last": (name, element, "NHWC", shapes),
+        f"{spec.inputs[0].name} has shape": (name, element, layout, [shapes[0][:-1], *shapes[1:]]),
+        f"but needs {axes} axes": (name, element, layout, [[*shapes[0], 1], *shapes[1:]]),
+        "every axis needs a positive size": (name, element, layout, [[*shapes[0][:-1], 0], *shapes[1:]]),
+        f"no kernel for float16, linear, {spec.static[0]}=1000": (name, element, layout, other),
+    }
+    nulls = {
+        f"{name}: the address of {last} is null": addresses | {"inputs": [*addresses["inputs"][:-1], 0]},
+        f"the address of {spec.outputs[0].name} is null": addresses | {"outputs": [0] * len(spec.outputs)},
+        "the address of the workspace is null": addresses | {"workspace": 0},
+    }
+    commands = [[function, *kind] for kind in wrong.values() for function in ("workspace_bytes", "launch")]
+    commands = [[*command, addresses] if command[0] == "launch" else command for command in commands]
+    commands += [["launch", name, element, layout, shapes, places] for places in nulls.values()]
+    commands.append(["launch", name, element, layout, shapes, addresses])
+    answers, calls = functions.call(tmp_path, *commands)
+    assert answers.pop() == ""
+    messages = [answer["error"] for answer in answers]
+    for text, message in zip([text for text in wrong for _ in range(2)] + [*nulls], messages, strict=True):
+        assert text in message
+    assert len(launches_in(calls)) == len(spec.launches)  # those of the last command
+
+
+def test_c_functions_pass_the_reasons_of_the_driver_on(functions: Functions, tmp_path: Path) -> None:
+    spec = SPECS[0]
+    sizes = sizes_of(spec, statics(spec)[0])
+    launch = ["launch", *arguments_of(spec, sizes), addresses_of(spec)]
+    ((too_old,), calls) = functions.call(tmp_path, launch, FAKE_CUDA_SM=75)
+    assert f"{spec.op_type}: no kernel for this sm_75 device" in too_old["error"]
+    assert not launches_in(calls)
+    ((refused,), _) = functions.call(tmp_path, launch, FAKE_CUDA_REFUSES_LAUNCHES=1)
+    entry = name_of(variants(spec, "float16", "linear", tuple(statics(spec)[0].items()), 87)[0])
+    assert f"launching the kernel {entry}" in refused["error"]
+    ((remark,), calls) = functions.call(tmp_path, launch, FAKE_CUDA_SM=120, FAKE_CUDA_ISA=90)
+    assert remark == "this sm_120 device runs PTX 8.5 for sm_87, which the driver compiles"
+    assert len(launches_in(calls)) == len(spec.launches)
+    ((_,), calls) = functions.call(tmp_path, launch, FAKE_CUDA_CONTEXT=0)
+    assert [calls[0]["call"], calls[-1]["call"]] == ["push", "pop"]  # the context of the stream
+    broken = tmp_path / "broken"
+    broken.mkdir()
+    (broken / "libcuda.so.1").write_text("not a library")
+    ((absent,), _) = functions.call(tmp_path, launch, LD_LIBRARY_PATH=broken)
+    assert "no NVIDIA driver: " in absent["error"]
+
+
 # --- the compiled library ----------------------------------------------------------------------------------------
 
 
@@ -271,11 +444,6 @@ def header_folders() -> list[Path]:
     return found if os.environ.get("EDGEATTN_EVERY_TENSORRT") else found[-1:]
 
 
-def cuda_headers() -> Path | None:
-    places = [Path(os.environ.get("CUDA_HOME", "/usr/local/cuda")) / "include"]
-    return next((place for place in places if (place / "cuda.h").exists()), None)
-
-
 @pytest.fixture(
     scope="module",
     params=header_folders()
@@ -284,9 +452,10 @@ def cuda_headers() -> Path | None:
 )
 def headers(request: pytest.FixtureRequest) -> list[Path]:
     """Folders of the headers of TensorRT and CUDA."""
-    cuda = cuda_headers()
-    if cuda is None:
-        pytest.skip("no CUDA headers in $CUDA_HOME/include or /usr/local/cuda/include")
+    try:
+        cuda = cuda_headers()
+    except ToolMissingError as error:
+        pytest.skip(str(error))
     if shutil.which("cmake") is None or shutil.which("g++") is None:
         pytest.skip("no cmake or no C++ compiler (g++)")
     return [request.param, cuda]
@@ -335,8 +504,7 @@ def host(headers: list[Path], library: KernelLibrary, tmp_path_factory: pytest.T
     run(["cmake", "--build", folder / "build"])
     options = ["-std=c++17", "-Wall", "-Wextra", "-Werror", "-isystem", tensorrt, "-isystem", cuda]
     run(["g++", *options, HELPERS / "driver.cpp", "-rdynamic", "-ldl", "-o", folder / "driver"])
-    shared = ["-shared", "-fPIC", HELPERS / "fake_cuda.cpp", "-o", folder / "libcuda.so.1"]
-    run(["g++", *options, *shared])
+    fake_driver(folder)
     return Host(folder / "build" / "libedgeattn_plugins.so", folder, library)
 
 
@@ -352,15 +520,33 @@ def call_text(spec: PluginSpec, sizes: Mapping[str, int], element: str = "float1
     return f"{len(spec.inputs)} {' '.join(tensors)}"
 
 
-def test_library_loads_without_tensorrt_and_exports_two_functions(host: Host) -> None:
+def test_library_loads_without_tensorrt_and_exports_its_functions(host: Host) -> None:
     undefined = run(["nm", "-D", "-u", "-C", host.library])
     assert not re.search(r"nvinfer1|getPluginRegistry|getInferLib|\bcu[A-Z]|cuda", undefined)
-    defined = run(["nm", "-D", "--defined-only", host.library])
-    assert {line.split()[-1] for line in defined.splitlines()} == {"getCreators", "setLoggerFinder"}
+    assert exports_of(host.library) == {"getCreators", "setLoggerFinder", *EXPORTED}
     dynamic = run(["objdump", "-p", host.library])
     assert re.findall(r"SONAME\s+(\S+)", dynamic) == ["libedgeattn_plugins.so.1"]
     assert "libcuda" not in dynamic
     assert re.search(r"STACK.*\n.*flags rw-$", dynamic, re.MULTILINE)
+
+
+def test_plugin_library_has_the_c_functions(host: Host, tmp_path: Path) -> None:
+    check_functions(Functions(host.library, host.folder), tmp_path, SPECS[:1], sm=87, first=5)
+
+
+def test_cmake_builds_the_c_functions_without_tensorrt(host: Host, tmp_path: Path) -> None:
+    settings = ["-DEDGEATTN_TENSORRT=OFF", f"-DCUDA_INCLUDE_DIR={cuda_headers()}", "-DCMAKE_BUILD_TYPE=Debug"]
+    kernels = write_library(tmp_path / "kernels", one_row())
+    write_table(kernels)
+    run(["cmake", "-S", SOURCES, "-B", tmp_path / "build", f"-DEDGEATTN_KERNELS={kernels.folder}", *settings])
+    run(["cmake", "--build", tmp_path / "build"])
+    built = tmp_path / "build" / "libedgeattn_kernels.so"
+    assert exports_of(built) == EXPORTED
+    spec = SPECS[0]
+    launch = ["launch", *arguments_of(spec, sizes_of(spec, statics(spec)[0])), addresses_of(spec)]
+    answers, calls = Functions(built, host.folder).call(tmp_path, launch)
+    assert answers == [""]
+    assert len(launches_in(calls)) == len(spec.launches)
 
 
 def test_every_plugin_is_created_cloned_and_serialised(host: Host, tmp_path: Path) -> None:
