@@ -81,7 +81,7 @@ def build(
         for sentence in sentences:
             ERRORS.print(f"[bold red]PROBLEM[/] {name}: {sentence}", highlight=False, soft_wrap=True)
     if found and not allow_problems:
-        ERRORS.print("Nothing was written. --allow-problems writes the library all the same.")
+        ERRORS.print("Nothing was written. --allow-problems writes the library all the same: spills cost time only.")
         raise typer.Exit(1)
     CONSOLE.print(f"{len(library.kernels)} kernels: {output}", highlight=False)
 

@@ -105,7 +105,7 @@ CRISS_CROSS_ATTENTION = PLUGINS.add(
         tilings=(
             # 64 rows are what one warp group multiplies at a time; values are read half as often as with 32.
             Tiling(
-                constants={"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "HEAD_TILE": 128, "CHANNEL_TILE": 128},
+                constants={"QUERY_BLOCK": 64, "KEY_BLOCK": 32, "HEAD_TILE": 64, "CHANNEL_TILE": 128},
                 warps={"columns": 4, "rows": 4},
                 stages={"columns": 2, "rows": 2},
                 elements=("float16", "bfloat16"),
@@ -113,14 +113,14 @@ CRISS_CROSS_ATTENTION = PLUGINS.add(
                 sms=(90, 100, 110),
             ),
             Tiling(
-                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 128, "CHANNEL_TILE": 128},
+                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 64, "CHANNEL_TILE": 128},
                 warps={"columns": 4, "rows": 4},
                 stages={"columns": 2, "rows": 2},
                 layouts=("channels-last",),
             ),
             # Neighbouring channels are far apart here: each element is loaded on its own, and pointers take registers.
             Tiling(
-                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 128, "CHANNEL_TILE": 64},
+                constants={"QUERY_BLOCK": 32, "KEY_BLOCK": 32, "HEAD_TILE": 64, "CHANNEL_TILE": 64},
                 warps={"columns": 4, "rows": 4},
                 stages={"columns": 2, "rows": 2},
             ),

@@ -24,8 +24,8 @@ def problems(kernel: CompiledKernel, shared_limit: int | None = None) -> list[st
     found = []
     if kernel.spill_stores or kernel.spill_loads:
         found.append(
-            f"spills registers ({kernel.spill_stores} bytes stored, {kernel.spill_loads} loaded per thread); choose "
-            "smaller tiles or more warps"
+            f"spills registers ({kernel.spill_stores} bytes stored, {kernel.spill_loads} loaded per thread), which is "
+            "right but slower; smaller tiles or more warps in the declaration's tilings help"
         )
     elif kernel.stack:
         found.append(f"keeps {kernel.stack} bytes per thread on a stack; index nothing by a run-time value")
