@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -15,9 +16,11 @@ import torch
 
 from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples
+from edgeattn.export.calibration_methods import DEFAULT_METHOD, method_named
 from edgeattn.export.fp16 import Fp16Result, to_fp16
-from edgeattn.export.int8 import to_int8
+from edgeattn.export.int8 import Int8Options, quantise
 from edgeattn.export.opsets import DEFAULT_OPSET
+from edgeattn.export.plugin_launches import expand_launches
 from edgeattn.export.run_directory import RunDirectory
 from edgeattn.export.surgery import inline_plugins, strip_bodies
 from edgeattn.export.to_onnx import to_onnx
@@ -33,6 +36,9 @@ Progress = Callable[[str, int, int], None]
 CALIBRATION_COUNT = 64
 """Bundled images that INT8 is calibrated on."""
 
+PLUGIN_HOSTS = ("cpp", "python")
+"""What runs the plugins in TensorRT: the C++ library, or Python ahead-of-time plugins (10.15 and later)."""
+
 
 @dataclass(frozen=True)
 class ExportRequest:
@@ -44,9 +50,15 @@ class ExportRequest:
         size: (height, width) of the exported graph, and the example size of a dynamic one; the model's own when None.
         dynamic: batch, height and width may vary.
         fp16: make the FP16 forms.
-        int8: make the INT8 forms (convolutions in INT8, the rest in FP16).
+        int8: make the INT8 forms (convolutions and linear layers in INT8, the rest in FP16).
         calibration: folder of images or .npz for INT8; the model's bundled training images when None.
+        calibration_method: how the ranges of INT8 are chosen, see `edgeattn.export.calibration_methods`.
+        calibration_cache: folder of calibration results by data and graph that runs share; the run directory alone
+            skips unchanged stages when None.
+        int8_attention: attention products in INT8 too; not together with `plugins`.
         plugins: also make the forms with plugin nodes.
+        plugin_host: "cpp", or "python" for a further file of each plugin form with one node per kernel launch, which
+            TensorRT's Python plugins need.
         target: deployment target, which decides the opset and whether plugin nodes come without bodies.
         opset: version of the standard operators; the target's when None.
         images: folder of images to judge parity on; the model's held-out samples when None.
@@ -62,7 +74,11 @@ class ExportRequest:
     fp16: bool = False
     int8: bool = False
     calibration: Path | None = None
+    calibration_method: str = DEFAULT_METHOD
+    calibration_cache: Path | None = None
+    int8_attention: bool = False
     plugins: bool = False
+    plugin_host: str = PLUGIN_HOSTS[0]
     target: str | None = None
     opset: int | None = None
     images: Path | None = None
@@ -75,8 +91,37 @@ def _refuse_idle_options(request: ExportRequest) -> None:
     """Raise where an option would have no effect, rather than ignore it."""
     if request.calibration is not None and not request.int8:
         raise UserError(f"calibration data is given ({request.calibration}), but no INT8 form. Add --int8 or drop it.")
+    idle = {
+        "a calibration method": request.calibration_method != DEFAULT_METHOD,
+        "a calibration cache": request.calibration_cache is not None,
+        "INT8 attention": request.int8_attention,
+    }
+    if not request.int8 and (given := [name for name, is_given in idle.items() if is_given]):
+        raise UserError(f"{' and '.join(given)} is asked for, but no INT8 form. Add --int8 or drop it.")
+    method_named(request.calibration_method)
+    if request.int8_attention and request.plugins:
+        raise UserError("plugin nodes compute attention in FP16, but INT8 attention is asked for. Drop one of the two.")
     if request.extra_sizes and not request.dynamic:
         raise UserError("extra sizes are given, but a static graph takes one size only. Add --dynamic or drop them.")
+
+
+def _refuse_unusable_host(request: ExportRequest, target: Target | None) -> None:
+    """Raise where the host of the plugins is unknown, has nothing to run, or does not exist on the target."""
+    host = request.plugin_host
+    if host not in PLUGIN_HOSTS:
+        raise UserError(f"unknown plugin host {host!r}. Choose {' or '.join(PLUGIN_HOSTS)}.")
+    if host == PLUGIN_HOSTS[0]:
+        return
+    if not request.plugins:
+        raise UserError(f"the plugin host {host} is given, but no plugin form. Add --plugins or drop it.")
+    if target is None:
+        raise UserError(f"the plugin host {host} depends on the TensorRT version. Name the target with --target.")
+    if not target.takes_python_plugins:
+        version = ".".join(map(str, target.tensorrt))
+        raise UserError(
+            f"{target.name} has TensorRT {version}, and Python plugins need 10.15 or later. Drop --plugin-host {host}: "
+            "the C++ plugin library runs there."
+        )
 
 
 class ExportRun:
@@ -96,6 +141,7 @@ class ExportRun:
         self.request = request
         self.spec = MODELS.get(request.model)
         self.target: Target | None = TARGETS.get(request.target) if request.target else None
+        _refuse_unusable_host(request, self.target)
         self.size = request.size or self.spec.size
         self.progress = progress or (lambda stage, done, total: None)
         self.checkpoint = checkpoint_path(self.spec, request.checkpoint)
@@ -121,20 +167,30 @@ class ExportRun:
         """What a user should read about the forms, by stage, such as constants that FP16 cannot hold."""
         stages: dict[str, Any] = self.directory.manifest["stages"]  # type: ignore[assignment]
         facts = {name: stage.get("facts", {}) for name, stage in stages.items()}
-        return {name: known["notes"] for name, known in facts.items() if known.get("notes")}
+        notes = {name: known["notes"] for name, known in facts.items() if known.get("notes")}
+        run: dict[str, Any] = self.directory.manifest["run"]  # type: ignore[assignment]
+        if shared := (run.get("calibration") or {}).get("shared_with_evaluation"):
+            warning = (
+                f"{shared} of the {run['samples']} samples that parity is judged on are calibration samples too, which "
+                "flatters INT8. Give other images with --images or --calibration."
+            )
+            notes["calibration"] = [warning]
+        return notes
 
     def make_forms(self) -> list[Form]:
         """Write the ONNX files and return the forms among them that the user asked for."""
         plugin_forms = {"fp32": self._export()}
         if self.request.fp16:
-            plugin_forms["fp16"] = self._convert("fp16", plugin_forms["fp32"], to_fp16, {})
+            plugin_forms["fp16"] = self._convert("fp16", plugin_forms["fp32"], lambda model: (to_fp16(model), {}), {})
         if self.calibration is not None:
             samples = self.calibration
+            settings = {
+                "calibration": samples.fingerprint,
+                "method": self.request.calibration_method,
+                "attention": self.request.int8_attention,
+            }
             plugin_forms["int8"] = self._convert(
-                "int8",
-                plugin_forms["fp32"],
-                lambda model: to_fp16(to_int8(model, samples, progress=self._calibrated)),
-                {"calibration": samples.fingerprint},
+                "int8", plugin_forms["fp32"], lambda model: self._quantise(model, samples), settings
             )
         forms = []
         for precision, path in plugin_forms.items():
@@ -144,6 +200,8 @@ class ExportRun:
                 forms.append(Form(f"{precision} plugin", path, precision, plugin=True))
                 if self.target and not self.target.takes_function_bodies:
                     self._strip(precision, path)
+                if self.request.plugin_host != PLUGIN_HOSTS[0]:
+                    self._expand(precision, path)
         return forms
 
     def judge(self, forms: Sequence[Form]) -> dict[str, Any]:
@@ -220,19 +278,37 @@ class ExportRun:
         self,
         precision: str,
         source: Path,
-        convert: Callable[[onnx.ModelProto], Fp16Result],
+        convert: Callable[[onnx.ModelProto], tuple[Fp16Result, Mapping[str, object]]],
         settings: Mapping[str, object],
     ) -> Path:
         path = self._plugin_path(precision)
 
         def work() -> dict[str, object]:
             self.progress(precision, 0, 1)
-            result = convert(onnx.load(source))
+            result, facts = convert(onnx.load(source))
             save_model(result.model, path)
             self.progress(precision, 1, 1)
-            return {"notes": list(result.notes), "fp32_nodes": dict(result.fp32_nodes)}
+            return {"notes": list(result.notes), "fp32_nodes": dict(result.fp32_nodes), **facts}
 
         return self._stage(precision, work, settings, [source], path)
+
+    def _quantise(self, model: onnx.ModelProto, samples: CalibrationSamples) -> tuple[Fp16Result, Mapping[str, object]]:
+        """Return the INT8 form with FP16 around it, and what is INT8 in it."""
+        options = Int8Options(
+            method=self.request.calibration_method,
+            attention=self.request.int8_attention,
+            cache=self.request.calibration_cache,
+        )
+        if options.attention:  # plugin nodes compute in floating point
+            model = inline_plugins(model)
+        int8 = quantise(model, samples, options, progress=self._calibrated)
+        half = to_fp16(int8.model)
+        facts = {
+            "int8_layers": {name: round(ratio, 1) for name, ratio in int8.layers.items() if math.isfinite(ratio)},
+            "float_layers": dict(int8.float_layers),
+            "rescaled": list(int8.rescaled),
+        }
+        return dataclasses.replace(half, notes=(*int8.notes, *half.notes)), facts
 
     def _inline(self, precision: str, source: Path) -> Path:
         path = self.directory.path / f"model{_suffix(precision)}.onnx"
@@ -249,6 +325,16 @@ class ExportRun:
             save_model(strip_bodies(onnx.load(source)), path)
 
         return self._stage(f"strip-{precision}", work, {}, [source], path)
+
+    def _expand(self, precision: str, source: Path) -> Path:
+        path = self.directory.path / f"model.plugin{_suffix(precision)}.launches.onnx"
+
+        def work() -> dict[str, object]:
+            result = expand_launches(onnx.load(source))
+            save_model(result.model, path)
+            return {"notes": result.notes, "expanded": list(result.expanded)}
+
+        return self._stage(f"launches-{precision}", work, {}, [source], path)
 
     def _stage(
         self,
@@ -303,7 +389,12 @@ class ExportRun:
         if self.calibration is None:
             return None
         origin = self.request.calibration.name if self.request.calibration else f"bundled with {self.spec.name}"
-        return {"origin": origin, "samples": self.calibration.count, "sha256": self.calibration.fingerprint}
+        return {
+            "origin": origin,
+            "samples": self.calibration.count,
+            "sha256": self.calibration.fingerprint,
+            "shared_with_evaluation": self.calibration.shared_with(map(self.spec.network_inputs, self.samples)),
+        }
 
     def _calibrated(self, batches: int) -> None:
         self.progress("calibrate", batches, self.calibration.count if self.calibration else batches)

@@ -21,6 +21,9 @@ Batch = dict[str, np.ndarray]
 Shapes = Mapping[str, tuple[int | None, ...]]
 """Shape of each input by name; None where the size is free."""
 
+Types = Mapping[str, np.dtype]
+"""Element type of each input that is not float32, such as a mask, by name."""
+
 Preprocess = Callable[[np.ndarray], np.ndarray]
 """From an RGB image (H, W, 3) uint8 to a network input (1, 3, H, W) float32."""
 
@@ -41,14 +44,31 @@ class CalibrationSamples:
         inputs: names and shapes that every batch must have.
         origin: where the samples come from, for messages.
         minimum: fewest samples that are accepted.
+        repeatable: the source can be read more than once.
+        types: element types of the inputs that are not float32.
+
+    Attributes:
+        origin: as given.
+        repeatable: as given.
     """
 
-    def __init__(self, read: Callable[[], Iterator[Batch]], inputs: Shapes, origin: str, minimum: int) -> None:
+    def __init__(
+        self,
+        read: Callable[[], Iterator[Batch]],
+        inputs: Shapes,
+        origin: str,
+        minimum: int,
+        *,
+        repeatable: bool = True,
+        types: Types | None = None,
+    ) -> None:
         self.origin = origin
+        self.repeatable = repeatable
         self._read = read
         self._inputs = dict(inputs)
         self._minimum = minimum
-        self._finished: tuple[int, str] | None = None
+        self._types = types or {}
+        self._finished: tuple[int, str, frozenset[bytes]] | None = None
 
     def __iter__(self) -> Iterator[Batch]:
         """Yield every batch with exactly the declared inputs.
@@ -56,10 +76,12 @@ class CalibrationSamples:
         Raises:
             UserError: an array is missing, has another type or shape, or is not finite; or there are too few samples.
         """
-        digest, count = hashlib.sha256(), 0
+        digest, count, singles = hashlib.sha256(), 0, set()
         for batch in self._read():
-            checked = {name: _checked(batch, name, shape, self.origin) for name, shape in self._inputs.items()}
-            sizes = {array.shape[0] for array in checked.values()}
+            checked = {name: self._checked(batch, name) for name in self._inputs}
+            sizes = {array.shape[0] for name, array in checked.items() if self._inputs[name][:1] == (None,)}
+            if not sizes:  # every size is the model's own; some inputs may not have a batch axis
+                sizes = {(*next(iter(checked.values())).shape, 1)[0]}
             if len(sizes) != 1:
                 raise UserError(
                     f"the calibration samples from {self.origin} give {sorted(sizes)} samples for different inputs. "
@@ -69,9 +91,10 @@ class CalibrationSamples:
             for name, array in sorted(checked.items()):
                 digest.update(f"{name}{array.shape}".encode())
                 digest.update(np.ascontiguousarray(array).data)
+            singles |= sample_digests(checked)
             yield checked
         require_minimum(count, self._minimum, self.origin)
-        self._finished = (count, digest.hexdigest())
+        self._finished = (count, digest.hexdigest(), frozenset(singles))
 
     @property
     def count(self) -> int:
@@ -83,7 +106,15 @@ class CalibrationSamples:
         """SHA-256 of names, shapes and numbers of all samples in order, for the manifest. May read the source."""
         return self._result()[1]
 
-    def _result(self) -> tuple[int, str]:
+    def shared_with(self, batches: Iterable[Mapping[str, np.ndarray]]) -> int:
+        """Return how many samples of other data, such as evaluation data, are among these. May read the source."""
+        known = self._result()[2]
+        return sum(len(sample_digests(batch) & known) for batch in batches)
+
+    def _checked(self, batch: Mapping[str, np.ndarray], name: str) -> np.ndarray:
+        return _checked(batch, name, self._inputs[name], self._types.get(name, np.dtype(np.float32)), self.origin)
+
+    def _result(self) -> tuple[int, str, frozenset[bytes]]:
         if self._finished is None:
             for _ in self:
                 pass
@@ -103,10 +134,19 @@ def input_shapes(model: onnx.ModelProto) -> dict[str, tuple[int | None, ...]]:
     }
 
 
+def input_types(model: onnx.ModelProto) -> dict[str, np.dtype]:
+    """Return name and element type of every graph input that is not float32."""
+    types = {
+        info.name: onnx.helper.tensor_dtype_to_np_dtype(info.type.tensor_type.elem_type) for info in model.graph.input
+    }
+    return {name: kind for name, kind in types.items() if kind != np.float32}
+
+
 def calibration_samples(
     source: str | Path | Iterable[Mapping[str, np.ndarray]],
     *,
     inputs: Shapes,
+    types: Types | None = None,
     size: tuple[int, int] | None = None,
     preprocess: Preprocess | None = None,
     minimum: int = MINIMUM,
@@ -120,6 +160,7 @@ def calibration_samples(
             dealt to the inputs in turn, so that K inputs take K consecutive images; or an iterable of batches by input
             name, read as a stream.
         inputs: names and shapes of the network's inputs, see `input_shapes`.
+        types: element types of the inputs that are not float32, see `input_types`.
         size: (height, width) in pixels that images are resized to; needed for folders.
         preprocess: from an RGB image to a network input; needed for folders.
         minimum: fewest samples that are accepted.
@@ -135,7 +176,14 @@ def calibration_samples(
     if limit is not None and limit < minimum:
         raise UserError(f"the limit of {limit} calibration samples is below the minimum of {minimum}. Raise the limit.")
     if not isinstance(source, (str, Path)):
-        return CalibrationSamples(lambda: _limited(source, limit), inputs, "the given iterable", minimum)
+        return CalibrationSamples(
+            lambda: _limited(source, limit),
+            inputs,
+            "the given iterable",
+            minimum,
+            repeatable=not isinstance(source, Iterator),
+            types=types,
+        )
     path = Path(source)
     if path.is_dir():
         if size is None or preprocess is None:
@@ -153,7 +201,13 @@ def calibration_samples(
             f"the calibration source {path} gives {used} samples, but the model takes batches of {batch}. Give a "
             f"multiple of {batch}, or export the model with a dynamic batch size."
         )
-    return CalibrationSamples(lambda: _batched(islice(singles(), used), batch), inputs, str(path), minimum)
+    return CalibrationSamples(lambda: _batched(islice(singles(), used), batch), inputs, str(path), minimum, types=types)
+
+
+def sample_digests(batch: Mapping[str, np.ndarray]) -> set[bytes]:
+    """Return a digest of each sample of a batch."""
+    rows = zip(*(np.ascontiguousarray(batch[name]) for name in sorted(batch)), strict=False)
+    return {hashlib.sha256(b"".join(row.tobytes() for row in sample)).digest() for sample in rows}
 
 
 def require_minimum(count: int, minimum: int, origin: str) -> None:
@@ -165,7 +219,9 @@ def require_minimum(count: int, minimum: int, origin: str) -> None:
         )
 
 
-def _checked(batch: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...], origin: str) -> np.ndarray:
+def _checked(
+    batch: Mapping[str, np.ndarray], name: str, shape: tuple[int | None, ...], kind: np.dtype, origin: str
+) -> np.ndarray:
     """Return one array of a batch after checking its presence, type, shape and numbers."""
     if name not in batch:
         known = ", ".join(map(repr, batch)) or "nothing"
@@ -178,9 +234,9 @@ def _checked(batch: Mapping[str, np.ndarray], name: str, shape: tuple[int | None
         raise UserError(
             f"the calibration array {name!r} from {origin} has shape {given}, but the model takes {wanted}."
         )
-    if array.dtype != np.float32:
+    if array.dtype != kind:
         raise UserError(
-            f"the calibration array {name!r} from {origin} is {array.dtype}. Give preprocessed float32 network inputs."
+            f"the calibration array {name!r} from {origin} is {array.dtype}. Give preprocessed {kind} network inputs."
         )
     if not np.isfinite(array).all():
         raise UserError(f"the calibration array {name!r} from {origin} has infinities or NaNs. Remove that sample.")

@@ -2,36 +2,70 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
 
 from edgeattn.export.attention_islands import attention_maps, softmax_islands
-from edgeattn.export.calibration import CalibrationSamples, calibration_samples, input_shapes
+from edgeattn.export.calibration import CalibrationSamples, calibration_samples, input_shapes, input_types
+from edgeattn.export.calibration_cache import Calibration, CalibrationCache
+from edgeattn.export.calibration_methods import DEFAULT_METHOD, CalibrationMethod, method_named
+from edgeattn.export.calibration_statistics import Observation, observe
 from edgeattn.export.conformance import UNSUPPORTED_OPS, check_qdq
+from edgeattn.export.int8_graph import QDQ_OPS, insert_qdq, residual_additions
+from edgeattn.export.int8_layers import Layer, LayerPlan, constant_of, names_in, plan_layers, split_general_products
+from edgeattn.export.int8_noise import signal_to_noise
+from edgeattn.export.int8_smoothing import choose_factors, rescale
 from edgeattn.export.metadata import metadata_of
 from edgeattn.export.node_selection import selected_names, with_node_names
 from edgeattn.export.opsets import IR_VERSION, standard_opset
 from edgeattn.export.precision_types import check_types, element_types, has_half
 from edgeattn.foundation import UserError
 
-QDQ_OPS = ("QuantizeLinear", "DequantizeLinear")
+MINIMUM_SNR = 24.0
+"""Least signal-to-noise ratio, in dB, of a layer's result in INT8: noise of a sixteenth of the signal's size."""
 
-OPTIONS: Mapping[str, object] = {
-    "ActivationSymmetric": True,
-    "WeightSymmetric": True,
-    "QuantizeBias": False,
-    "OpTypesToExcludeOutputQuantization": ["Conv", "MatMul", "Add", "Softmax"],
-}
-"""The only setting whose result TensorRT's parser takes: zero points of 0 and floating-point biases. Operators'
-outputs get no Q/DQ of their own, which would part a convolution from the activation behind it."""
 
-_PRE_PROCESSED = ("onnx.quant.pre_process", "onnxruntime.quant")
+@dataclass(frozen=True)
+class Int8Options:
+    """How to quantise.
+
+    Attributes:
+        exclude: layers that stay in floating point: node names, or torch module paths for everything inside.
+        method: name of the calibration method, see `edgeattn.export.calibration_methods`.
+        attention: also quantise the products of two activations that belong to an attention.
+        minimum_snr: layers whose result in INT8 has a lower signal-to-noise ratio (dB) stay in floating point.
+        cache: folder in which calibration results are kept, by data and graph; None for none.
+    """
+
+    exclude: Collection[str] = ()
+    method: str = DEFAULT_METHOD
+    attention: bool = False
+    minimum_snr: float = MINIMUM_SNR
+    cache: Path | None = None
+
+
+@dataclass(frozen=True)
+class Int8Result:
+    """An INT8 model and what is not INT8 in it.
+
+    Attributes:
+        model: the model with Q/DQ.
+        layers: signal-to-noise ratio (dB) of the result of each INT8 layer, by node name.
+        float_layers: convolutions and matrix products that stay in floating point, each with the reason.
+        rescaled: activations whose channels are rescaled before quantisation.
+        notes: sentences that a user should read.
+    """
+
+    model: onnx.ModelProto
+    layers: Mapping[str, float]
+    float_layers: Mapping[str, str]
+    rescaled: tuple[str, ...]
+    notes: tuple[str, ...]
 
 
 def to_int8(
@@ -41,56 +75,234 @@ def to_int8(
     exclude: Collection[str] = (),
     progress: Callable[[int], None] | None = None,
 ) -> onnx.ModelProto:
-    """Quantise the convolutions of a model to INT8.
+    """Return the model of `quantise` with its default options; see there."""
+    return quantise(model, samples, Int8Options(exclude=exclude), progress=progress).model
 
-    Every convolution's input and weight get symmetric INT8 Q/DQ: one scale for each activation, from its smallest and
-    largest number over all samples, and one for each output channel of a weight. Attention cores, matrix products,
-    masks and Softmax stay in floating point: quantising masked energies destroys them. For FP16 around the INT8
-    convolutions apply `to_fp16` to the result.
+
+def quantise(
+    model: onnx.ModelProto,
+    samples: CalibrationSamples | Iterable[Mapping[str, np.ndarray]],
+    options: Int8Options | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Int8Result:
+    """Quantise the convolutions and linear layers of a model to INT8.
+
+    The input and the weight of each get symmetric INT8 Q/DQ: one scale for each activation, and one for each output
+    channel of a weight. The channels of a linear layer's input are rescaled first where that halves the noise (see
+    `edgeattn.export.int8_smoothing`). A layer whose result would still have too much noise stays in floating point, as
+    do attention products (unless asked for), energies, masks and Softmax: quantising masked energies destroys them.
+    For FP16 around the INT8 layers apply `to_fp16` to the result.
 
     Args:
         model: FP32 model at opset 13 or later, with or without plugin nodes and their functions; it is not changed.
         samples: calibration data, see `calibration_samples`; other iterables of batches are checked the same way.
-        exclude: convolutions that stay in floating point: node names, or torch module paths for everything inside.
+        options: how to quantise.
         progress: called with the number of batches read so far.
 
     Returns:
-        A model of FP32 inputs and outputs with the same names, functions and metadata; Q/DQ nodes carry the metadata of
-        the operator that they serve.
+        The model, of FP32 inputs and outputs with the same names, functions and metadata, and the record of its layers.
+        Q/DQ nodes carry the metadata of the operator that they serve; a Gemm layer becomes MatMul and Add.
 
     Raises:
-        UserError: the model is quantised or FP16 already, has no convolution to quantise, `exclude` names something
-            unknown, or the samples are too few or do not fit.
+        UserError: the model is quantised or FP16 already, has no layer to quantise, `exclude` names something unknown,
+            the method is unknown, or the samples are too few or do not fit.
     """
+    options = options or Int8Options()
+    method = method_named(options.method)
     named = with_node_names(model)
     _require_plain_fp32(named)
     if not isinstance(samples, CalibrationSamples):
-        samples = calibration_samples(samples, inputs=input_shapes(named))
-    metadata = {node.name: metadata_of(node) for node in named.graph.node}
-    excluded = selected_names(metadata.items(), exclude, "exclude")
-    graph = ir.from_proto(named).graph
-    maps = attention_maps(graph)
-    convolutions = [str(node.name) for node in graph if node.name not in excluded and _quantisable(node, maps)]
-    if not convolutions:
-        raise UserError("the ONNX model has no convolution with constant weights left to quantise. Drop INT8 for it.")
-    quantised = _quantise(named, samples, convolutions, progress)
-    _restore(quantised, named)
-    island = {str(node.name) for node in softmax_islands(graph)}
-    additions = {str(node.name) for node in graph if node.op_type == "Add"} - island
-    _spare_readers(quantised, additions | set(convolutions))
-    _annotate(quantised)
-    check_types(quantised)
-    if violations := check_qdq(quantised):
+        samples = calibration_samples(samples, inputs=input_shapes(named), types=input_types(named))
+    excluded = selected_names(((node.name, metadata_of(node)) for node in named.graph.node), options.exclude, "exclude")
+    plan = plan_layers(ir.from_proto(named).graph, excluded=excluded, attention=options.attention)
+    if not plan.layers:
+        raise UserError(
+            "the ONNX model has no convolution or linear layer with constant weights left to quantise. Drop INT8."
+        )
+    quantiser = _Quantiser(named, plan)
+    calibration, notes = _calibrated(quantiser, samples, method, options, progress)
+    return _result(quantiser, calibration, options, notes)
+
+
+@dataclass
+class _Quantiser:
+    """Makes quantised forms of one model.
+
+    Attributes:
+        source: the FP32 model, with unique node names.
+        plan: its layers.
+        split: the FP32 model whose Gemm layers are MatMul and Add.
+    """
+
+    source: onnx.ModelProto
+    plan: LayerPlan
+    split: onnx.ModelProto = field(init=False)
+
+    def __post_init__(self) -> None:
+        names = {layer.node for layer in self.plan.layers}
+        if not any(node.op_type == "Gemm" and node.name in names for node in self.source.graph.node):
+            self.split = self.source
+            return
+        working = ir.from_proto(self.source)
+        split_general_products(working.graph, names, names_in(working.graph))
+        self.split = _written(working, self.source)
+
+    def inputs_of(self, layers: Iterable[Layer]) -> dict[str, list[Layer]]:
+        """Return the layers that read each activation."""
+        nodes = {node.name: node for node in self.split.graph.node}
+        found: dict[str, list[Layer]] = {}
+        for layer in layers:
+            for index in layer.activations:
+                found.setdefault(nodes[layer.node].input[index], []).append(layer)
+        return found
+
+    def rescaled(self, calibration: Calibration, layers: Collection[Layer]) -> tuple[ir.Model, dict[str, float]]:
+        """Return the floating-point model with rescaled activations, and the thresholds of its activations."""
+        working = ir.from_proto(self.split)
+        read = self.inputs_of(layers)
+        factors = {name: divisors for name, divisors in calibration.factors.items() if name in read}
+        names = {layer.node for layer in layers if layer.linear}
+        divided = rescale(working.graph, factors, names, names_in(working.graph))
+        thresholds = {divided.get(name, name): value for name, value in calibration.thresholds.items()}
+        return working, thresholds
+
+    def quantised(self, calibration: Calibration, layers: Collection[Layer]) -> onnx.ModelProto:
+        """Return the model with Q/DQ at the given layers."""
+        working, thresholds = self.rescaled(calibration, layers)
+        graph = working.graph
+        island = softmax_islands(graph)
+        residuals = [node for node in residual_additions(graph, layers) if node not in island]
+        insert_qdq(graph, layers, thresholds, residuals=residuals, taken=names_in(graph))
+        working.ir_version = IR_VERSION
+        return _written(working, self.source)
+
+
+def _drop_unread(graph: ir.Graph, source: onnx.ModelProto) -> None:
+    """Remove the weights that have another form now; what nothing read before stays."""
+    read = {name for node in source.graph.node for name in node.input}
+    for name, value in list(graph.initializers.items()):
+        unread = not value.uses() and not value.is_graph_output() and not value.is_graph_input()
+        if unread and (name in read or all(name != tensor.name for tensor in source.graph.initializer)):
+            del graph.initializers[name]
+
+
+def _written(working: ir.Model, source: onnx.ModelProto) -> onnx.ModelProto:
+    """Return a model as a proto, with the functions and recorded shapes of its source to the letter."""
+    _drop_unread(working.graph, source)
+    result = ir.to_proto(working)
+    del result.functions[:]
+    result.functions.extend(source.functions)
+    graph = result.graph
+    tensors = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
+    del graph.value_info[:]
+    graph.value_info.extend(info for info in source.graph.value_info if info.name in tensors)
+    return result
+
+
+def _calibrated(
+    quantiser: _Quantiser,
+    samples: CalibrationSamples,
+    method: CalibrationMethod,
+    options: Int8Options,
+    progress: Callable[[int], None] | None,
+) -> tuple[Calibration, list[str]]:
+    """Return the calibration of a model's layers: from the cache, or from the data, with a look at the noise."""
+    layers = quantiser.plan.layers
+    cache, notes = None, list[str]()
+    if options.cache is not None and samples.repeatable:
+        parts = (quantiser.source.SerializeToString(deterministic=True), samples.fingerprint, method.name, layers)
+        cache = CalibrationCache(options.cache, parts)
+        known, notes = cache.read()
+        if known is not None:
+            return known, notes
+    elif options.cache is not None:
+        notes = [f"calibration data from {samples.origin} can be read once only, so its results are not kept."]
+    read = quantiser.inputs_of(layers)
+    linear = [name for name, readers in read.items() if all(layer.linear for layer in readers)]
+    seen = observe(quantiser.split, samples, list(read), by_channel=linear, method=method, progress=progress)
+    calibration = _decided(quantiser, seen, linear, method)
+    noise = signal_to_noise(
+        quantiser.quantised(calibration, layers),
+        _written(quantiser.rescaled(calibration, layers)[0], quantiser.source),
+        layers,
+        seen.batches,
+    )
+    calibration = Calibration(calibration.thresholds, calibration.factors, noise)
+    if cache is not None:
+        cache.write(calibration)
+    return calibration, notes
+
+
+def _decided(
+    quantiser: _Quantiser, seen: Observation, linear: Collection[str], method: CalibrationMethod
+) -> Calibration:
+    """Return thresholds and factors; the noise is not known yet."""
+    graph = ir.from_proto(quantiser.split).graph
+    nodes = {str(node.name): node for node in graph}
+    thresholds, factors = {}, {}
+    for name, readers in quantiser.inputs_of(quantiser.plan.layers).items():
+        statistics = seen.activations[name]
+        if name in linear:
+            weights = [constant_of(nodes[layer.node].inputs[1]) for layer in readers]
+            divisors = choose_factors(statistics, [weight for weight in weights if weight is not None])
+            if divisors is not None:
+                factors[name] = divisors
+                assert statistics.halves is not None
+                peaks = np.maximum(*(half.peaks for half in statistics.halves))
+                thresholds[name] = float((peaks / divisors).max())
+                continue
+        histogram = statistics.histogram
+        clip = method.threshold is not None and histogram is not None and histogram.peak > 0
+        thresholds[name] = method.threshold(histogram) if clip else statistics.peak  # type: ignore[misc, arg-type]
+    return Calibration(thresholds, factors, {})
+
+
+def _result(quantiser: _Quantiser, calibration: Calibration, options: Int8Options, notes: list[str]) -> Int8Result:
+    """Quantise the layers that are good enough, and check what comes out."""
+    plan, noise = quantiser.plan, calibration.noise
+    layers = [layer for layer in plan.layers if noise[layer.node] >= options.minimum_snr]
+    noisy = {
+        layer.node: f"its signal-to-noise ratio in INT8 is {noise[layer.node]:.1f} dB, below {options.minimum_snr:g} dB"
+        for layer in plan.layers
+        if layer not in layers
+    }
+    if not layers:
+        best = max(noise.values())
+        raise UserError(
+            f"no layer of the ONNX model reaches a signal-to-noise ratio of {options.minimum_snr:g} dB in INT8 (the "
+            f"best has {best:.1f} dB). Use FP16, or give calibration data that is typical for the model."
+        )
+    model = quantiser.quantised(calibration, layers)
+    check_types(model)
+    if violations := check_qdq(_without_maps(model) if options.attention else model):
         raise RuntimeError("quantisation broke the Q/DQ rules: " + " ".join(violations))
-    return quantised
+    read = quantiser.inputs_of(layers)
+    if options.attention and all(layer.axis is not None for layer in layers):
+        notes = [*notes, "no product of an attention is INT8: there is none that is a MatMul and good enough."]
+    notes = [*notes, *(f"{name} stays in floating point: {reason}." for name, reason in noisy.items())]
+    return Int8Result(
+        model,
+        {layer.node: noise[layer.node] for layer in layers},
+        {**plan.reasons, **noisy},
+        tuple(name for name in calibration.factors if name in read),
+        tuple(notes),
+    )
 
 
-def _quantisable(node: ir.Node, maps: Collection[ir.Node]) -> bool:
-    """Say whether a node is a convolution with constant weights, and not one over an attention map."""
-    if node.op_type != "Conv" or node.domain != "":
-        return False
-    source, weight = node.inputs[:2]
-    return source is not None and source.producer() not in maps and weight is not None and weight.is_initializer()
+def _without_maps(model: onnx.ModelProto) -> onnx.ModelProto:
+    """Return the model without the Q/DQ that were asked for on attention maps, which the rules for the rest forbid."""
+    working = ir.from_proto(model)
+    maps = attention_maps(working.graph)
+    for node in list(working.graph):
+        source = node.inputs[0] if node.op_type == "QuantizeLinear" else None
+        if source is None or source.producer() not in maps:
+            continue
+        for reader, _ in tuple(node.outputs[0].uses()):
+            reader.outputs[0].replace_all_uses_with(source)
+            working.graph.remove(reader, safe=True)
+        working.graph.remove(node, safe=True)
+    return ir.to_proto(working)
 
 
 def _require_plain_fp32(model: onnx.ModelProto) -> None:
@@ -100,95 +312,3 @@ def _require_plain_fp32(model: onnx.ModelProto) -> None:
         raise UserError("the ONNX model is quantised already. Give its FP32 form.")
     if (opset := standard_opset(model)) < 13:
         raise UserError(f"the ONNX model has opset {opset}, but scales for each channel need 13. Export it again.")
-
-
-class _Reader(CalibrationDataReader):
-    """Hands batches to ONNX Runtime one at a time and reports progress."""
-
-    def __init__(self, samples: Iterable[dict[str, np.ndarray]], progress: Callable[[int], None] | None) -> None:
-        self._batches: Iterator[dict[str, np.ndarray]] = iter(samples)
-        self._progress = progress
-        self._count = 0
-
-    def get_next(self) -> dict[str, np.ndarray] | None:
-        """Return the next batch, or None at the end."""
-        batch = next(self._batches, None)
-        if batch is not None and self._progress is not None:
-            self._count += 1
-            self._progress(self._count)
-        return batch
-
-
-def _quantise(
-    model: onnx.ModelProto, samples: CalibrationSamples, nodes: list[str], progress: Callable[[int], None] | None
-) -> onnx.ModelProto:
-    """Run ONNX Runtime's static quantisation on a copy of the model."""
-    copy = onnx.ModelProto()
-    copy.CopyFrom(model)
-    # Says that the graph is folded and has shapes; without it ONNX Runtime warns through the root logger.
-    copy.metadata_props.add(key=_PRE_PROCESSED[0], value=_PRE_PROCESSED[1])
-    with tempfile.TemporaryDirectory(prefix="edgeattn-") as folder:
-        target = Path(folder) / "int8.onnx"
-        quantize_static(
-            copy,
-            target,
-            _Reader(samples, progress),
-            quant_format=QuantFormat.QDQ,
-            op_types_to_quantize=["Conv"],
-            nodes_to_quantize=nodes,
-            per_channel=True,
-            activation_type=QuantType.QInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            extra_options=dict(OPTIONS),
-        )
-        return onnx.load(target)
-
-
-def _restore(quantised: onnx.ModelProto, model: onnx.ModelProto) -> None:
-    """Undo what the quantiser changes beside the Q/DQ nodes.
-
-    It writes its own name and inferred shapes with invented symbols into the model, and imports domains.
-    """
-    quantised.ir_version = IR_VERSION
-    quantised.producer_name, quantised.producer_version = model.producer_name, model.producer_version
-    quantised.graph.name = model.graph.name
-    for ours, theirs in (
-        (model.opset_import, quantised.opset_import),
-        (model.functions, quantised.functions),
-        (model.metadata_props, quantised.metadata_props),
-    ):
-        del theirs[:]
-        theirs.extend(ours)
-    graph = quantised.graph
-    tensors = {name for node in graph.node for name in node.output} | {tensor.name for tensor in graph.initializer}
-    del graph.value_info[:]
-    graph.value_info.extend(info for info in model.graph.value_info if info.name in tensors)
-
-
-def _spare_readers(model: onnx.ModelProto, allowed: Collection[str]) -> None:
-    """Let only the named nodes, quantised convolutions and residual additions, read a quantised tensor.
-
-    ONNX Runtime puts the Q/DQ of a convolution's input before all readers of that tensor. An addition then adds INT8,
-    which TensorRT fuses into the convolution before it. For the others, such as plugin nodes, the path to a Softmax
-    or Shape, it would only add error.
-    """
-    graph = model.graph
-    sources = {node.output[0]: node.input[0] for node in graph.node if node.op_type == "QuantizeLinear"}
-    floats = {
-        node.output[0]: sources[node.input[0]]
-        for node in graph.node
-        if node.op_type == "DequantizeLinear" and node.input[0] in sources
-    }
-    for node in graph.node:
-        if node.name not in allowed:
-            node.input[:] = [floats.get(name, name) for name in node.input]
-
-
-def _annotate(model: onnx.ModelProto) -> None:
-    """Give every Q/DQ node the metadata of the first operator that it serves."""
-    nodes = model.graph.node
-    readers = {name: node for node in reversed(nodes) for name in node.input}
-    for node in reversed(nodes):  # so that a Q finds its metadata on the DQ behind it
-        if node.op_type in QDQ_OPS and node.output[0] in readers and not node.metadata_props:
-            node.metadata_props.extend(readers[node.output[0]].metadata_props)

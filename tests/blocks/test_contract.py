@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import importlib
+import itertools
 import json
 import re
 import zlib
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime
 import pytest
 import torch
@@ -20,7 +22,9 @@ from edgeattn.blocks.spec import Arguments, Sizes
 from edgeattn.export.emulation import emulate_fp16
 from edgeattn.export.fp16 import to_fp16
 from edgeattn.export.int8 import to_int8
-from edgeattn.export.surgery import inline_plugins
+from edgeattn.export.int8_layers import plan_layers
+from edgeattn.export.support import check_support
+from edgeattn.export.surgery import inline_plugins, strip_bodies
 from edgeattn.export.to_onnx import prepare_for_export, to_onnx
 from edgeattn.foundation import UserError
 from edgeattn.models.checkpoint import CheckpointMismatchError, load_checkpoint
@@ -260,6 +264,20 @@ def test_dynamic_export_runs_at_other_sizes(spec: BlockSpec, variant: Variant) -
                 assert relative_l2(actual, expected) <= 1e-5, sizes
 
 
+@each()
+def test_tensorrt_takes_every_form(spec: BlockSpec, variant: Variant) -> None:
+    """JetPack 6.2 has TensorRT 10.3, the oldest that the project serves; 11.4 is the newest that is known."""
+    plugin = onnx.load_from_string(exported(spec.name, variant.name, dynamic=True)[2])
+    plain = static_plain(spec, variant)
+    forms = {"dynamic": inline_plugins(plugin), "static": plain, "fp16": to_fp16(plain).model}
+    if plugin.functions:
+        forms["plugin"] = plugin
+    for version, (form, model) in itertools.product([(10, 3), (11, 4)], forms.items()):
+        wanted = strip_bodies(model) if form == "plugin" and version < (10, 7) else model
+        report = check_support(wanted, version)
+        assert report.passes(strict=True), f"{form} for {version}: {report.problems}"
+
+
 @each(having="fixed")
 def test_fixed_axes_say_why_they_cannot_vary(spec: BlockSpec, variant: Variant) -> None:
     block, _ = build_pair(spec, variant)
@@ -411,15 +429,17 @@ def test_int8_policy(spec: BlockSpec, variant: Variant) -> None:
         return any(lies_in(node, path) for path in spec.int8_exclude)
 
     present = [path for path in spec.int8_exclude if any(lies_in(node, path) for node in plain.graph.node)]
-    if not any(node.op_type == "Conv" and not inside(node) for node in plain.graph.node):
+    plan = plan_layers(onnx_ir.from_proto(plain).graph, excluded=(), attention=False)
+    weighted = {layer.node for layer in plan.layers}
+    if not any(node.name in weighted and not inside(node) for node in plain.graph.node):
         with pytest.raises(UserError, match="no convolution"):
             to_int8(plain, list(samples()), exclude=present)
         return
     quantised = to_int8(plain, list(samples()), exclude=present)
     dequantised = {name for node in quantised.graph.node if node.op_type == "DequantizeLinear" for name in node.output}
-    convolutions = [node for node in quantised.graph.node if node.op_type == "Conv"]
-    assert any(node.input[1] in dequantised for node in convolutions)
-    for node in convolutions:
+    layers = [node for node in quantised.graph.node if node.name in weighted]
+    assert any(node.input[1] in dequantised for node in layers)
+    for node in layers:
         assert not (inside(node) and node.input[1] in dequantised), f"{node.name} is quantised against the policy"
     inputs = spec.example_inputs(variant, spec.sizes_of(variant)[0])
     assert all(tensor.isfinite().all() for tensor in run_onnx(spec, variant, session_of(quantised), inputs))

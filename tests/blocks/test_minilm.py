@@ -6,15 +6,27 @@ Only the files of the package are read; its code is not imported. The sentences 
 from __future__ import annotations
 
 import argparse
+import collections
+import datetime
+import decimal
 import importlib.util
 import json
 import logging
+import pathlib
+import random
 import re
+import shutil
+import socket
+import statistics
 import subprocess
 import tarfile
 import textwrap
+import threading
 import unicodedata
+import zipfile
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from types import ModuleType
 
 import numpy as np
 import onnx
@@ -27,10 +39,14 @@ from torch.nn import functional as F
 from edgeattn.blocks.transformer import TransformerEncoderLayer
 from edgeattn.export.emulation import emulate_fp16
 from edgeattn.export.fp16 import to_fp16
+from edgeattn.export.int8 import quantise
 from edgeattn.export.to_onnx import to_onnx
 from edgeattn.models.checkpoint import load_checkpoint, read_checkpoint
 
 SENTENCES, LENGTH, BATCH = 200, 48, 20
+CALIBRATION = 160
+JUDGED = (argparse, json, logging, re, subprocess, tarfile, textwrap)
+SEEN = (pathlib, random, shutil, socket, statistics, threading, zipfile, decimal, datetime, collections)
 
 KEY_MAP = {
     r"^(embeddings|pooler)\..*": "",
@@ -67,10 +83,10 @@ class Stack(nn.ModuleList):
         return x
 
 
-def sentences() -> list[str]:
+def sentences(modules: Iterable[ModuleType], count: int) -> list[str]:
     """Return sentences of 3 words and more, no two alike."""
     found: dict[str, None] = {}
-    for module in (argparse, json, logging, re, subprocess, tarfile, textwrap):
+    for module in modules:
         members = [module, *vars(module).values()]
         members += [entry for member in members if isinstance(member, type) for entry in vars(member).values()]
         for member in members:
@@ -79,8 +95,8 @@ def sentences() -> list[str]:
                 words = sentence.split()
                 if len(words) >= 3:
                     found[" ".join(words)] = None
-    assert len(found) >= SENTENCES
-    return list(found)[:SENTENCES]
+    assert len(found) >= count
+    return list(found)[:count]
 
 
 def word_pieces(text: str, vocabulary: dict[str, int]) -> list[int]:
@@ -148,8 +164,20 @@ def torch_encoder(state: dict[str, torch.Tensor], config: dict[str, float]) -> n
     return encoder
 
 
+def batches(
+    texts: list[str], size: int, state: dict[str, torch.Tensor], vocabulary: dict[str, int]
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Yield what enters the first layer and which tokens are padding, short sentences first."""
+    texts = sorted(texts, key=len)
+    for start in range(0, len(texts), size):
+        rows = [word_pieces(text, vocabulary) for text in texts[start : start + size]]
+        tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
+        yield embed(state, tokens), tokens == vocabulary["[PAD]"]
+
+
 @pytest.mark.slow
-def test_sentences_keep_their_meaning_in_fp16() -> None:
+@pytest.mark.timeout(600)
+def test_sentences_keep_their_meaning_in_fp16_and_int8() -> None:
     folder = files()
     config = json.loads((folder / "config.json").read_text())
     state = read_checkpoint(folder / "model.safetensors")
@@ -174,19 +202,29 @@ def test_sentences_keep_their_meaning_in_fp16() -> None:
     names = {"input_names": ["x", "key_padding_mask"], "output_names": ["features"]}
     model = to_onnx(stack, example, **names, dynamic_axes=[axes, axes])
     half = emulate_fp16(to_fp16(model).model)
+    judged = sentences(JUDGED, SENTENCES)
+    unseen = [text for text in sentences(SEEN, 2000) if text not in set(judged)]
+    seen = random.Random(0).sample(unseen, CALIBRATION)
+    samples = [
+        {"x": x.numpy(), "key_padding_mask": padding.numpy()} for x, padding in batches(seen, 8, state, vocabulary)
+    ]
+    int8 = quantise(model, samples)
+    linear = [node.name for node in model.graph.node if node.op_type == "MatMul"]
+    products = {name for name, reason in int8.float_layers.items() if reason.startswith("a product")}
+    noisy = {name for name, reason in int8.float_layers.items() if "signal-to-noise" in reason}
+    assert len(linear) == 48
+    assert len(products) == 12
+    assert len(int8.layers) + len(noisy) == 36
+    assert len(int8.layers) >= 33, int8.float_layers  # second layers of feed-forward parts are the noisiest
 
     def session(form: onnx.ModelProto) -> onnxruntime.InferenceSession:
         return onnxruntime.InferenceSession(form.SerializeToString(), providers=["CPUExecutionProvider"])
 
-    sessions = {1e-6: session(model), 1e-4: session(half)}
-    texts = sorted(sentences(), key=len)
+    forms = (model, half, emulate_fp16(to_fp16(int8.model).model))
+    sessions = dict(zip((1e-6, 1e-4, 1e-2), map(session, forms), strict=True))
     spread = []
     with torch.no_grad():
-        for start in range(0, SENTENCES, BATCH):
-            rows = [word_pieces(text, vocabulary) for text in texts[start : start + BATCH]]
-            tokens = nn.utils.rnn.pad_sequence([torch.tensor(row) for row in rows], batch_first=True)
-            padding = tokens == vocabulary["[PAD]"]
-            x = embed(state, tokens)
+        for x, padding in batches(judged, BATCH, state, vocabulary):
             wanted = pooled(original(x, src_key_padding_mask=padding), padding)
             spread.append(wanted)
             for limit, run in sessions.items():

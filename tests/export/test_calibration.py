@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 import pickle
+import weakref
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import onnx
 import pytest
+from onnxruntime.quantization.calibrate import HistogramCollector
 from PIL import Image
 
-from edgeattn.export.calibration import calibration_samples, input_shapes
+from edgeattn.deploy.pipeline import ExportRequest, ExportRun
+from edgeattn.export.calibration import calibration_samples, input_shapes, input_types
+from edgeattn.export.calibration_methods import METHODS, PERCENTILE, MagnitudeHistogram
+from edgeattn.export.calibration_statistics import KEPT_BATCHES, observe
 from edgeattn.foundation import UserError
+from edgeattn.models import MODELS
 
 ONE = {"image": (None, 3, None, None)}
 PAIR = {"first": (None, 3, None, None), "second": (None, 3, None, None)}
@@ -217,3 +225,137 @@ def test_bad_batches() -> None:
         list(calibration_samples([], inputs=ONE))
     with pytest.raises(UserError, match="takes 1x3x4x5"):
         list(calibration_samples([{"image": array(1, size=(4, 6))}], inputs={"image": (1, 3, 4, 5)}))
+
+
+@pytest.mark.parametrize("kind", ["normal", "relu"])
+def test_thresholds_are_those_of_onnxruntime(kind: str) -> None:
+    """Its calibrators see all batches at once; ours saw one after the other, the largest number last."""
+    rng = np.random.default_rng(0)
+    batches = [rng.laplace(0, size, (3, 4000)).astype(np.float32) for size in (0.2, 1.0, 3.0)]
+    if kind == "relu":
+        batches = [np.maximum(batch, 0) for batch in batches]
+    histogram = MagnitudeHistogram()
+    for batch in batches:
+        histogram.add(batch)
+    magnitudes = np.abs(np.concatenate(batches)).ravel()
+    assert histogram.peak == magnitudes.max()
+    assert histogram.counts.sum() == magnitudes.size
+    theirs = HistogramCollector("percentile", True, 4096, 128, PERCENTILE, "same")
+    theirs.collect({"x": batches})
+    with contextlib.redirect_stdout(io.StringIO()):
+        threshold = float(theirs.compute_collection_result()["x"][1])
+    ours = METHODS.get("percentile").threshold
+    assert ours is not None
+    assert ours(histogram) == pytest.approx(threshold, rel=2e-3)
+
+
+def test_thresholds_minimise_what_they_say() -> None:
+    magnitudes = np.abs(np.random.default_rng(1).laplace(0, 1, 200_000)).astype(np.float32)
+    histogram = MagnitudeHistogram()
+    histogram.add(magnitudes)
+
+    def error(threshold: float) -> float:
+        step = threshold / 127
+        return float(np.mean((np.clip(np.round(magnitudes / step), -127, 127) * step - magnitudes) ** 2))
+
+    chosen = {method.name: method.threshold(histogram) for method in METHODS if method.threshold is not None}
+    candidates = histogram.peak * np.arange(16, 129) / 128
+    best = min(map(error, candidates))
+    assert error(chosen["mse"]) <= 1.02 * best < error(histogram.peak)
+    # A smooth distribution has information up to its end; a handful of outliers has none.
+    assert np.quantile(magnitudes, 0.999) < chosen["entropy"] <= histogram.peak
+    outliers = MagnitudeHistogram()
+    outliers.add(np.concatenate([np.random.default_rng(2).normal(0, 1, 200_000), [60.0, -59.0, 61.0]]))
+    entropy = METHODS.get("entropy").threshold
+    assert entropy is not None
+    assert 3 < entropy(outliers) < 12
+    silent = MagnitudeHistogram()
+    silent.add(np.zeros(5))
+    assert silent.peak == 0
+    silent.add(magnitudes)
+    assert silent.counts.sum() == magnitudes.size + 5
+
+
+def test_histograms_do_not_depend_on_batches() -> None:
+    numbers = np.random.default_rng(2).normal(0, 1, 60_000).astype(np.float32)
+    numbers[0] = 8.0
+    whole, parts = MagnitudeHistogram(), MagnitudeHistogram()
+    whole.add(numbers)
+    for part in np.split(numbers * np.float32(1), 30):
+        parts.add(part)
+    np.testing.assert_array_equal(whole.counts, parts.counts)
+    growing = MagnitudeHistogram()
+    for number in (1e-6, 1.0, 1e6):
+        growing.add(np.float32([number]))
+    assert growing.counts.sum() == 3
+    assert growing.counts.size * growing.width == pytest.approx(1e6, rel=1e-3)
+
+
+def test_one_batch_is_in_memory() -> None:
+    """No reference to the inputs or activations of a batch stays, beside the few batches that are kept on purpose."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> net (float[N,3,8,8] image) => (float[N,3,8,8] y) { y = Relu (image) }'
+    )
+    alive: list[weakref.ref] = []
+
+    def stream() -> Iterator[dict[str, np.ndarray]]:
+        for seed in range(30):
+            batch = array(1, seed=seed, size=(8, 8))
+            alive.append(weakref.ref(batch))
+            yield {"image": batch}
+            del batch
+            assert sum(reference() is not None for reference in alive) <= KEPT_BATCHES + 3
+
+    for method in METHODS:
+        alive.clear()
+        samples = calibration_samples(stream(), inputs={"image": (None, 3, 8, 8)})
+        seen = observe(model, samples, ["image", "y"], by_channel=["image"], method=method)
+        assert seen.activations["y"].peak > 3
+        assert len(seen.batches) == KEPT_BATCHES
+
+
+def test_overlap_with_evaluation_data(tmp_path: Path) -> None:
+    data = array(10)
+    np.savez(tmp_path / "a.npz", image=data)
+    samples = calibration_samples(tmp_path / "a.npz", inputs=ONE)
+    assert samples.shared_with({"image": array(1, seed=seed)} for seed in range(20, 25)) == 0
+    assert samples.shared_with([{"image": data[3:6]}, {"image": array(2, seed=30)}]) == 3
+
+
+def test_masks_and_other_types() -> None:
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]> net (float[N,4] x, bool[N,4] mask) => (float[N,4] y) { y = Relu (x) }'
+    )
+    inputs, types = input_shapes(model), input_types(model)
+    batches = [{"x": np.zeros((8, 4), np.float32), "mask": np.zeros((8, 4), bool)}]
+    assert calibration_samples(batches, inputs=inputs, types=types).count == 8
+    with pytest.raises(UserError, match=r"'mask'.*float32.*preprocessed bool"):
+        list(calibration_samples([{**batches[0], "mask": batches[0]["x"]}], inputs=inputs, types=types))
+
+
+def test_pipeline_warns_of_shared_images(tmp_path: Path) -> None:
+    spec = MODELS.get("ccnet-digits")
+    assert spec.samples is not None
+    for index, sample in enumerate(spec.samples(8)):
+        Image.fromarray(sample.images[0]).save(tmp_path / f"{index}.png")
+    request = ExportRequest("ccnet-digits", int8=True, calibration=tmp_path, images=tmp_path, sample_count=5)
+    run = ExportRun(request, tmp_path / "run")
+    run.directory.describe(run._facts())
+    assert any("5 of the 5 samples" in note for note in run.notes["calibration"])
+    bundled = ExportRun(ExportRequest("ccnet-digits", int8=True, sample_count=20), tmp_path / "other")
+    bundled.directory.describe(bundled._facts())
+    assert not bundled.notes
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"calibration_method": "mse"}, "a calibration method is asked for, but no INT8 form"),
+        ({"int8_attention": True}, "INT8 attention is asked for, but no INT8 form"),
+        ({"int8": True, "int8_attention": True, "plugins": True}, "plugin nodes compute attention in FP16"),
+        ({"int8": True, "calibration_method": "max"}, "unknown calibration method 'max'"),
+    ],
+)
+def test_idle_options(tmp_path: Path, options: dict, message: str) -> None:
+    with pytest.raises(UserError, match=message):
+        ExportRun(ExportRequest("ccnet-digits", **options), tmp_path / "run")

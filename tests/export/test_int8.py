@@ -3,24 +3,29 @@
 from __future__ import annotations
 
 import logging
-import tempfile
+import re
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir
 import onnxruntime as ort
 import pytest
 from onnx import TensorProto, numpy_helper
 
+from edgeattn.export import int8_smoothing
 from edgeattn.export.calibration import calibration_samples, input_shapes
+from edgeattn.export.calibration_methods import METHODS
+from edgeattn.export.calibration_statistics import ActivationStatistics, ChannelStatistics
 from edgeattn.export.conformance import check_qdq
 from edgeattn.export.emulation import emulate_fp16
 from edgeattn.export.fp16 import to_fp16
-from edgeattn.export.int8 import to_int8
+from edgeattn.export.int8 import Int8Options, quantise, to_int8
 from edgeattn.export.precision_types import check_types
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import spec_of
+from edgeattn.plugins_trt.onnx_form import local_function
 
 SCOPES = "pkg.torch.onnx.name_scopes"
 STEM = """
@@ -77,7 +82,7 @@ def build(body: str, *, plugin: bool) -> onnx.ModelProto:
         node.metadata_props.add(key=SCOPES, value=f"['', '{module}', '{node.output[0]}']")
     model.metadata_props.add(key="origin", value="test")
     if plugin:
-        model.functions.append(spec_of("CrissCrossAttention", 4).function(18))
+        model.functions.append(local_function(spec_of("CrissCrossAttention", 4), 18))
     check_types(model)
     feature = onnx.helper.make_tensor_value_info("feature", TensorProto.FLOAT, ["batch", 8, "height", "width"])
     model.graph.value_info.append(feature)
@@ -112,15 +117,11 @@ def metadata(node: onnx.NodeProto) -> dict[str, str]:
 
 def test_quantised_model(model: onnx.ModelProto, samples: list, caplog: pytest.LogCaptureFixture) -> None:
     before = model.SerializeToString()
-    folder = Path(tempfile.gettempdir())
-    mine = {path.name for path in folder.iterdir() if path.name.startswith(("edgeattn-", "ort.quant"))}
     calls: list[int] = []
     with caplog.at_level(logging.WARNING):
         result = to_int8(model, calibration_samples(samples, inputs=input_shapes(model)), progress=calls.append)
     assert calls == list(range(1, 11))
     assert not caplog.records
-    left = {path.name for path in folder.iterdir() if path.name.startswith(("edgeattn-", "ort.quant"))}
-    assert left <= mine
     assert model.SerializeToString() == before
     assert check_qdq(result) == []
     assert result.SerializeToString() == to_int8(model, samples).SerializeToString()
@@ -238,3 +239,221 @@ def test_refusals(samples: list) -> None:
     old.opset_import[0].version = 12
     with pytest.raises(UserError, match=r"opset 12|inconsistent"):
         to_int8(old, samples)
+
+
+def transformer(*, outliers: float = 1.0) -> onnx.ModelProto:
+    """A norm read by two linear layers and a residual addition; a Gemm; a norm that only one layer reads."""
+    model = onnx.parser.parse_model(
+        '<ir_version: 10, opset_import: ["": 18]>\n'
+        "net (float[batch,6,16] x) => (float[rows,5] y) {"
+        """
+            normed = LayerNormalization (x, scale_1, shift_1)
+            queries = MatMul (normed, w_q)
+            keys = MatMul (normed, w_k)
+            queries_b = Add (queries, b_q)
+            mixed = Mul (queries_b, keys)
+            summed = Add (mixed, normed)
+            again = LayerNormalization (summed, scale_2, shift_2)
+            hidden = MatMul (again, w_h)
+            hidden_relu = Relu (hidden)
+            flat = Constant <value = int64[2] {-1, 16}> ()
+            rows = Reshape (hidden_relu, flat)
+            y = Gemm <transB = 1, alpha = 0.5, beta = 2.0> (rows, w_g, b_g)
+        }"""
+    )
+    rng = np.random.default_rng(5)
+    shapes = {"w_q": (16, 16), "w_k": (16, 16), "w_h": (16, 16), "w_g": (5, 16), "b_q": (16,), "b_g": (5,)}
+    arrays = {name: rng.standard_normal(shape) / 4 for name, shape in shapes.items()}
+    spread = np.where(np.arange(16) % 5 == 2, outliers, 1.0)  # a few large channels, as LayerNorm gives
+    for index in (1, 2):
+        arrays |= {f"scale_{index}": spread, f"shift_{index}": 0.1 * spread}
+    for name in ("w_q", "w_k", "w_h"):
+        arrays[name] = arrays[name] / spread[:, None]
+    for name, array in arrays.items():
+        model.graph.initializer.append(numpy_helper.from_array(array.astype(np.float32), name))
+    for node in model.graph.node:
+        node.name = f"node_{node.output[0]}"
+        node.metadata_props.add(key=SCOPES, value=f"['', 'layer', '{node.output[0]}']")
+    check_types(model)
+    return model
+
+
+def tokens(count: int = 12) -> list[dict[str, np.ndarray]]:
+    rng = np.random.default_rng(2)
+    return [{"x": rng.standard_normal((1, 6, 16)).astype(np.float32)} for _ in range(count)]
+
+
+def run_tokens(model: onnx.ModelProto) -> np.ndarray:
+    session = ort.InferenceSession(model.SerializeToString(), providers=["CPUExecutionProvider"])
+    return np.concatenate([session.run(None, batch)[0] for batch in tokens(4)])
+
+
+def test_linear_layers() -> None:
+    model = transformer()
+    result = quantise(model, tokens())
+    assert set(result.layers) == {"node_queries", "node_keys", "node_hidden", "node_y"}
+    assert not result.float_layers
+    assert not result.rescaled
+    assert check_qdq(result.model) == []
+    nodes = {node.name: node for node in result.model.graph.node}
+    producers = {name: node for node in result.model.graph.node for name in node.output}
+    for name in result.layers:
+        assert nodes[name].op_type == "MatMul"
+        weight = producers[nodes[name].input[1]]
+        assert weight.op_type == "DequantizeLinear"
+        assert weight.attribute[0].i == 1
+        assert SCOPES in metadata(weight)
+    assert nodes["node_queries"].input[0] == nodes["node_keys"].input[0]  # one Q/DQ for both
+    assert list(nodes["node_summed"].input) == ["mixed", "normed"]  # what leads to a norm stays in floating point
+    assert {tensor.data_type for tensor in result.model.graph.initializer if tensor.name.startswith("b_")} == {1}
+    assert 1e-4 < relative(run_tokens(result.model), run_tokens(model)) < 0.02
+    half = emulate_fp16(to_fp16(result.model).model)
+    assert relative(run_tokens(half), run_tokens(model)) < 0.02
+
+
+def test_large_channels_are_moved_into_the_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = transformer(outliers=60.0)
+    result = quantise(model, tokens())
+    assert {"normed", "again"} <= set(result.rescaled)
+    nodes = {node.name: node for node in result.model.graph.node}
+    producers = {name: node for node in result.model.graph.node for name in node.output}
+    # The residual addition also reads the first norm, so its layers get a product; the second norm takes the factors.
+    assert list(nodes["node_normed"].input) == list(model.graph.node[0].input)
+    assert producers[producers[producers[nodes["node_queries"].input[0]].input[0]].input[0]].op_type == "Mul"
+    assert nodes["node_again"].input[1] == "scale_2_rescaled"
+    assert not {"w_q", "w_k", "w_h", "scale_2"} & {tensor.name for tensor in result.model.graph.initializer}
+    assert check_qdq(result.model) == []
+    monkeypatch.setattr(int8_smoothing, "STRENGTHS", (0.0,))
+    monkeypatch.setattr(int8_smoothing, "GAIN", np.inf)
+    plain = quantise(model, tokens(), Int8Options(minimum_snr=-np.inf))
+    assert not plain.rescaled
+    assert min(result.layers.values()) > min(plain.layers.values()) + 6
+    assert relative(run_tokens(result.model), run_tokens(model)) < 0.02
+
+
+def test_rescaling_is_exact() -> None:
+    model = transformer(outliers=60.0)
+    working = onnx_ir.from_proto(model)
+    rng = np.random.default_rng(0)
+    factors = {name: rng.uniform(0.1, 10, 16).astype(np.float32) for name in ("normed", "again")}
+    int8_smoothing.rescale(working.graph, factors, {"node_queries", "node_keys", "node_hidden"}, set())
+    assert relative(run_tokens(onnx_ir.to_proto(working)), run_tokens(model)) < 1e-6
+
+
+def test_strength_is_judged_by_data_that_did_not_choose_it() -> None:
+    """Where each half of the data has peaks of its own, rescaling to the peaks seen would clip those unseen."""
+    rng = np.random.default_rng(0)
+    rows = rng.standard_normal((256, 32)).astype(np.float32)
+    weight = rng.standard_normal((32, 16)).astype(np.float32)
+    large = np.where(np.arange(32) == 3, 40.0, 1.0).astype(np.float32)
+
+    def halves(first: np.ndarray, second: np.ndarray) -> ActivationStatistics:
+        described = (ChannelStatistics(np.abs(part).max(axis=0, initial=0), part) for part in (first, second))
+        return ActivationStatistics(halves=tuple(described))  # type: ignore[arg-type]
+
+    stable = int8_smoothing.choose_factors(halves(rows * large, rows[::-1] * large), [weight])
+    assert stable is not None
+    assert stable[3] == stable.max()
+    assert int8_smoothing.choose_factors(halves(rows * large, rows * large[::-1]), [weight]) is None
+    assert int8_smoothing.choose_factors(halves(rows * large, rows[:0]), [weight]) is None
+
+
+def test_noisy_layers_stay_in_floating_point() -> None:
+    """A few positions with huge numbers do not hide what INT8 does to all others."""
+    model = transformer()
+    batches = tokens()
+    quiet = quantise(model, batches).layers
+    model.graph.node[0].op_type = "Identity"
+    del model.graph.node[0].input[1:]
+    for batch in batches:
+        batch["x"][0, 0] *= 300
+    result = quantise(model, batches)
+    assert set(result.float_layers) == {"node_queries", "node_keys"}
+    for name, reason in result.float_layers.items():
+        assert re.search(r"signal-to-noise ratio in INT8 is -?\d+\.\d dB, below 24 dB", reason)
+        assert any(name in note for note in result.notes)
+        assert quiet[name] > 30
+    readers = {node.name: node for node in result.model.graph.node}
+    assert list(readers["node_queries"].input) == ["normed", "w_q"]
+    with pytest.raises(UserError, match="no layer of the ONNX model reaches"):
+        quantise(model, batches, Int8Options(minimum_snr=90))
+
+
+def test_shared_weights(samples: list) -> None:
+    """A weight serves INT8 layers along one axis; layers that stay out keep their own form of it."""
+    result = to_int8(build(PLUGIN, plugin=True), samples, exclude=["node_again"])
+    nodes = {node.name: node for node in result.graph.node}
+    assert nodes["node_again"].input[1] == "w_mid"
+    assert nodes["node_mid"].input[1] == "w_mid_DequantizeLinear_Output"
+    model = transformer()
+    model.graph.node[7].input[1] = "w_k"
+    result = to_int8(model, tokens())
+    weights = [node for node in result.graph.node if node.op_type == "DequantizeLinear" and node.attribute]
+    assert len(weights) == 3  # w_q, w_k for two layers, w_g
+
+
+def test_attention_products(samples: list) -> None:
+    model = build(PLAIN, plugin=False)
+    products = {"node_energy", "node_context"}
+    default = quantise(model, samples)
+    assert products <= set(default.float_layers)
+    asked = quantise(model, samples, Int8Options(attention=True, minimum_snr=0))
+    assert products <= set(asked.layers)
+    nodes = {node.name: node for node in asked.model.graph.node}
+    producers = {name: node for node in asked.model.graph.node for name in node.output}
+    for name in products:
+        assert {producers[source].op_type for source in nodes[name].input} == {"DequantizeLinear"}
+    assert nodes["node_attention"].input[0] == "energy"  # nothing between the energies and Softmax
+    assert all("attention" in problem for problem in check_qdq(asked.model))  # the map, as asked for, and nothing else
+    image = samples[9]["image"]
+    assert relative(run(asked.model, image), run(model, image)) < 0.1
+    assert any("no product" in note for note in quantise(transformer(), tokens(), Int8Options(attention=True)).notes)
+
+
+def test_cache(tmp_path: Path) -> None:
+    model = transformer(outliers=60.0)
+    options = Int8Options(cache=tmp_path / "cache")
+    first = quantise(model, tokens(), options)
+    (entry,) = (tmp_path / "cache").iterdir()
+    calls: list[int] = []
+    second = quantise(model, tokens(), options, progress=calls.append)
+    assert not calls  # no batch was run
+    assert second.model.SerializeToString() == first.model.SerializeToString()
+    assert (second.layers, second.notes) == (first.layers, first.notes)
+    for damage in (b"{", entry.read_bytes().replace(b"thresholds", b"threshold "), b"[]"):
+        entry.write_bytes(damage)
+        again = quantise(model, tokens(), options)
+        assert any(f"{entry.name} is damaged" in note for note in again.notes)
+        assert again.model.SerializeToString() == first.model.SerializeToString()
+        assert not quantise(model, tokens(), options).notes
+    louder = [{"x": 2 * batch["x"]} for batch in tokens()]
+    for other, data, method in (
+        (model, louder, "minmax"),
+        (transformer(), tokens(), "minmax"),
+        (model, tokens(), "mse"),
+    ):
+        quantise(other, data, Int8Options(cache=tmp_path / "cache", method=method))
+    assert len(list((tmp_path / "cache").iterdir())) == 4
+    once = quantise(model, iter(tokens()), options)
+    assert any("once only" in note for note in once.notes)
+    assert once.model.SerializeToString() == first.model.SerializeToString()
+    file = tmp_path / "file"
+    file.write_text("")
+    with pytest.raises(UserError, match="Give a folder"):
+        quantise(model, tokens(), Int8Options(cache=file))
+
+
+def test_methods(samples: list) -> None:
+    model = build(PLAIN, plugin=False)
+    peaks = quantise(model, samples)
+    for method in METHODS:
+        result = quantise(model, samples, Int8Options(method=method.name))
+        assert check_qdq(result.model) == []
+        if method.threshold is not None:
+            assert scale_of(result.model, "feature_scale") <= scale_of(peaks.model, "feature_scale")
+    with pytest.raises(UserError, match=r"'minmaks'.*minmax.*percentile.*entropy.*mse"):
+        quantise(model, samples, Int8Options(method="minmaks"))
+
+
+def scale_of(model: onnx.ModelProto, name: str) -> float:
+    return float(next(numpy_helper.to_array(tensor) for tensor in model.graph.initializer if tensor.name == name))
