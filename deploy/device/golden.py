@@ -1,0 +1,194 @@
+"""Golden samples: inputs, outputs and labels of the PyTorch original, the truth; and what is measured on them."""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import DeviceError
+
+_FAR = 1e300
+"""Relative error of something where nothing was expected; JSON has no infinity."""
+
+
+@dataclass(frozen=True)
+class Golden:
+    """One golden sample.
+
+    Attributes:
+        inputs: network inputs by name, FP32.
+        outputs: outputs of the PyTorch original by name, FP32.
+        labels: integer labels (batch, K, H, W) of the original.
+        target: true labels (K, H, W); None where the truth is not known.
+    """
+
+    inputs: Mapping[str, np.ndarray]
+    outputs: Mapping[str, np.ndarray]
+    labels: np.ndarray
+    target: np.ndarray | None
+
+
+def read_golden(path: Path) -> Golden:
+    """Read a golden sample. Nothing in it is executed: Python objects are refused.
+
+    Raises:
+        DeviceError: the file is no golden sample, or is compressed, so that its size would say nothing.
+    """
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if any(entry.compress_type != zipfile.ZIP_STORED for entry in archive.infolist()):
+                raise DeviceError(f"{path} is compressed, and golden samples are not. Make the bundle again.")
+        with np.load(path, allow_pickle=False) as arrays:
+            found = {name: arrays[name] for name in arrays.files}
+        return Golden(
+            {name[len("input/") :]: found[name] for name in found if name.startswith("input/")},
+            {name[len("output/") :]: found[name] for name in found if name.startswith("output/")},
+            found["labels"],
+            found.get("target"),
+        )
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
+        if isinstance(error, DeviceError):
+            raise
+        raise DeviceError(f"{path} is no golden sample: {error}. Make the bundle again.") from error
+
+
+def labels_of(
+    outputs: Mapping[str, np.ndarray], meanings: Sequence[Mapping[str, str]], size: Sequence[int]
+) -> np.ndarray:
+    """Return integer labels (batch, K, H, W) from a network's outputs.
+
+    Args:
+        outputs: by name.
+        meanings: name and meaning of each output, as the manifest has them: the largest of "logits" resized to `size`
+            with aligned corners, or one map for each "probability" that exceeds a half.
+        size: (height, width) of the input.
+
+    Raises:
+        DeviceError: an output has another meaning.
+    """
+    kinds = {entry["meaning"] for entry in meanings}
+    if kinds == {"logits"} and len(meanings) == 1:
+        labels: np.ndarray = resized(outputs[meanings[0]["name"]], size).argmax(axis=1)[:, None]
+        return labels
+    if kinds == {"probability"}:
+        maps = np.concatenate([outputs[entry["name"]] for entry in meanings], axis=1)
+        return (maps > 0.5).astype(np.int64)
+    raise DeviceError(f"outputs that mean {', '.join(sorted(kinds))} have no labels. Use a newer edgeattn_device.")
+
+
+def resized(maps: np.ndarray, size: Sequence[int]) -> np.ndarray:
+    """Return (batch, channels, h, w) in FP32, resized bilinearly with aligned corners."""
+    maps = maps.astype(np.float32, copy=False)
+    for axis, length in ((2, size[0]), (3, size[1])):
+        steps = maps.shape[axis] - 1
+        position = np.arange(length, dtype=np.float32) * np.float32(steps / (length - 1) if length > 1 else 0)
+        low = np.minimum(position.astype(np.int64), steps)
+        weight = (position - low).reshape([-1 if axis == other else 1 for other in range(4)])
+        lower, upper = np.take(maps, low, axis), np.take(maps, np.minimum(low + 1, steps), axis)
+        maps = lower * (1 - weight) + upper * weight
+    return maps
+
+
+@dataclass
+class _OutputError:
+    """Differences of one output, over all samples."""
+
+    worst_relative_l2: float = 0.0
+    max_abs: float = 0.0
+    mismatched: int = 0
+    compared: int = 0
+
+    def add(self, reference: np.ndarray, actual: np.ndarray) -> None:
+        if reference.shape != actual.shape:
+            raise DeviceError(f"an output has the shape {actual.shape} in place of {reference.shape}. Build it again.")
+        reference, actual = reference.astype(np.float64), actual.astype(np.float64)
+        both = np.isfinite(reference) & np.isfinite(actual)
+        same = both | (reference == actual) | (np.isnan(reference) & np.isnan(actual))
+        self.mismatched += int(same.size - np.count_nonzero(same))
+        left, difference = reference[both], np.abs(reference[both] - actual[both])
+        self.compared += difference.size
+        self.max_abs = max(self.max_abs, float(difference.max(initial=0.0)))
+        norm, wrong = float(np.sqrt((left**2).sum())), float(np.sqrt((difference**2).sum()))
+        self.worst_relative_l2 = max(self.worst_relative_l2, wrong / norm if norm else _FAR * (wrong > 0))
+
+
+@dataclass
+class Comparison:
+    """Accumulates what is judged, sample by sample.
+
+    Attributes:
+        classes: how many labels there are.
+        size: (height, width) that labels are made at.
+        meanings: see `labels_of`.
+    """
+
+    classes: int
+    size: Sequence[int]
+    meanings: Sequence[Mapping[str, str]]
+    _errors: dict[str, _OutputError] = field(default_factory=dict)
+    _equal: int = 0
+    _labels: int = 0
+    _confusions: dict[str, np.ndarray] = field(default_factory=dict)
+
+    def add(self, golden: Golden, outputs: Mapping[str, np.ndarray]) -> None:
+        """Add the outputs of one sample.
+
+        Raises:
+            DeviceError: an output is missing or has another shape.
+        """
+        for name, reference in golden.outputs.items():
+            if name not in outputs:
+                raise DeviceError(f"the engine has no output {name!r}, only {', '.join(outputs)}. Build it again.")
+            self._errors.setdefault(name, _OutputError()).add(reference, outputs[name])
+        labels = labels_of(outputs, self.meanings, self.size)
+        self._equal += int(np.count_nonzero(labels == golden.labels))
+        self._labels += labels.size
+        truth = golden.labels if golden.target is None else golden.target.reshape(golden.labels.shape)
+        for name, found in (("engine", labels), ("original", golden.labels)):
+            pairs = truth.astype(np.int64).ravel() * self.classes + found.astype(np.int64).ravel()
+            counts = np.bincount(pairs, minlength=self.classes**2).reshape(self.classes, self.classes)
+            self._confusions[name] = self._confusions.get(name, 0) + counts
+
+    def judge(self, limits: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the verdict with its figures. Comparisons are written so that NaN fails.
+
+        Args:
+            limits: the derived tolerances of the bundle; None where a quantity is not judged.
+        """
+        agreement = self._equal / self._labels
+        scores = {name: _mean_iou(counts) for name, counts in self._confusions.items()}
+        drop = scores["original"] - scores["engine"]
+        return {
+            "outputs": {name: vars(error) for name, error in self._errors.items()},
+            "label_agreement": agreement,
+            "mean_iou": scores["engine"],
+            "original_mean_iou": scores["original"],
+            "task_drop": drop,
+            "limits": dict(limits),
+            "reasons": (reasons := list(self._reasons(limits, agreement, drop))),
+            "verdict": "FAIL" if reasons else "PASS",
+        }
+
+    def _reasons(self, limits: Mapping[str, Any], agreement: float, drop: float) -> Iterator[str]:
+        for name, error in self._errors.items():
+            if error.mismatched:
+                yield f"output {name}: {error.mismatched} values are NaN or infinite on one side only"
+            if not error.compared:
+                yield f"output {name}: no value is finite on both sides, so nothing could be compared"
+            if limits["relative_l2"] is not None and not error.worst_relative_l2 <= limits["relative_l2"]:
+                yield f"output {name}: relative L2 {error.worst_relative_l2:.2e} exceeds {limits['relative_l2']:.2e}"
+        if limits["label_agreement"] is not None and not agreement >= limits["label_agreement"]:
+            yield f"label agreement {agreement:.3%} is below {limits['label_agreement']:.3%}"
+        if limits["task_drop"] is not None and not abs(drop) <= limits["task_drop"]:
+            yield f"mIoU differs by {100 * drop:.2f} points, more than {100 * limits['task_drop']:.2f}"
+
+
+def _mean_iou(counts: np.ndarray) -> float:
+    intersection = np.diag(counts)
+    union = counts.sum(0) + counts.sum(1) - intersection
+    return float((intersection[union > 0] / union[union > 0]).mean())
