@@ -210,7 +210,7 @@ BLOCKS.add(
             "layer normalisations and means over frames stay in FP32; the projections, what is gathered, the "
             "feed-forward network and the classifiers run in FP16"
         ),
-        int8="nothing: the block has matrix products and no convolution",
+        int8="the linear layers; the attention products stay in FP16",
         inputs=_INPUTS,
         sizes=(
             {"batch": 2, "frames": 3, "actors": 5},

@@ -509,7 +509,7 @@ _FORM: Arguments = {"v_dim": 6, "q_dim": 5, "h_dim": 4}
 _BUTD: Sizes = {"batch": 1, "regions": 36, "words": 14}
 _CODE = "https://github.com/jnhwkim/ban-vqa"
 _PAPER = "Bilinear Attention Networks, NeurIPS 2018"
-_INT8 = "none: there is no convolution; the linear layers stay in FP16"
+_INT8 = "the linear layers; the bilinear products stay in FP16"
 
 BLOCKS.add(
     BlockSpec(

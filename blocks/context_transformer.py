@@ -262,7 +262,7 @@ BLOCKS.add(
             "context, the L2 norm (a sum of F squares), the division by it and the classifiers up to their softmax "
             "stay in FP32; the projections and what is gathered, which is an average, run in FP16"
         ),
-        int8="nothing: the block has matrix products and no convolution; the convolutions before it are quantised",
+        int8="the linear layers; the attention products stay in FP16; the convolutions before the block are quantised",
         inputs=_inputs(60),
         sizes=(
             _sizes(2, (4, 5), (3, 4), (2, 3), (3, 2), (2, 2), (3, 2)),

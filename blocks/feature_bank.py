@@ -277,7 +277,7 @@ def _look_up(query: torch.Tensor, memory: torch.Tensor) -> torch.Tensor:
 _PAPER = "Long-Term Feature Banks for Detailed Video Understanding, CVPR 2019"
 _CODE = "https://github.com/facebookresearch/video-long-term-feature-banks, https://github.com/open-mmlab/mmaction2"
 _PRECISION = "energies, softmax and layer normalisation stay in FP32 (sums over channels); all else runs in FP16"
-_INT8 = "nothing: every projection is a matrix product of a few rows and reads more weights than features"
+_INT8 = "the projections; the attention products stay in FP16"
 _SIZES: tuple[Sizes, ...] = (
     {"rois": 2, "slots": 7},
     {"rois": 1, "slots": 6},
@@ -419,7 +419,7 @@ BLOCKS.add(
         ),
         largest=lambda arguments, sizes: sizes["rois"] * sizes["bank_channels"],
         precision="the average stays in FP32 (it sums over the slots); the maximum needs no digits of its own",
-        int8="nothing: there is no convolution",
+        int8="the linear layers; the attention products stay in FP16",
         inputs=(
             TensorInput("short_term", ("rois", "channels")),
             TensorInput("bank", ("rois", "slots", "bank_channels")),

@@ -366,7 +366,7 @@ _PRECISION = (
     "scores and softmax stay in FP32, and so does all that places a window: a centre that is off by a thousandth of "
     "the sentence may move the window by a word. The sum over the states, whose weights sum to 1 at most, runs in FP16"
 )
-_INT8 = "nothing: the block has products with matrices, but no convolution"
+_INT8 = "the products with weights; the attention products stay in FP16"
 _PAPER = "Effective Approaches to Attention-based Neural Machine Translation, EMNLP 2015"
 
 BLOCKS.add(

@@ -376,7 +376,7 @@ TRANSFORMER_CODE = (
     "https://github.com/harvardnlp/annotated-transformer, https://github.com/huggingface/pytorch-image-models"
 )
 PRECISION = "energies, masks and softmax stay in FP32 (dot products overflow); projections and sums over values in FP16"
-INT8 = "nothing: all weights are matrices, and only convolutions are quantised; the products stay in FP16"
+INT8 = "the linear layers; the attention products stay in FP16"
 SEQUENCE_SIZES: tuple[Sizes, ...] = (
     {"batch": 2, "length": 5, "memory": 7},
     {"batch": 1, "length": 9, "memory": 4},
@@ -454,7 +454,7 @@ BLOCKS.add(
             sizes["heads"] * arguments["head_channels"], sizes["heads"], sizes
         ),
         precision=PRECISION,
-        int8="nothing: there is no convolution",
+        int8="the linear layers; the attention products stay in FP16",
         inputs=tuple(_HEADS.values()),
         sizes=_CORE_SIZES,
     )

@@ -178,7 +178,7 @@ BLOCKS.add(
         ),
         largest=lambda arguments, sizes: largest_of_attention(arguments["embed_dim"], arguments["num_heads"], sizes),
         precision=PRECISION,
-        int8="nothing: all weights are matrices, and only convolutions are quantised; the products stay in FP16",
+        int8="the linear layers; the attention products stay in FP16",
         inputs=(TensorInput("x", ("batch", "length", "embed_dim")),),
         sizes=SEQUENCE_SIZES,
     )

@@ -571,7 +571,7 @@ def _largest_step(arguments: Arguments, sizes: Sizes) -> int:
     return sizes["batch"] * max(4 * hidden, hidden + int(arguments["input_size"]))
 
 
-_INT8 = "nothing: there is no convolution, and products that feed themselves back would sum up their rounding errors"
+_INT8 = "the products with weights of the unrolled cell, where their noise allows it; the node stays in floating point"
 _NODE_PRECISION = (
     "the node runs in FP16: its gates saturate, so that an overflowing product still gives the exact limit 0 or 1"
 )

@@ -322,7 +322,7 @@ BLOCKS.add(
         precision=(
             "the softmax with the energies, the choice of the hard position and the mean over positions stay in FP32"
         ),
-        int8="none: there is no convolution; the linear layers stay in FP16",
+        int8="the linear layers; the weighted sums stay in FP16",
         inputs=_STEP[:1],
         sizes=(
             {"batch": 2, "positions": 7},

@@ -513,7 +513,7 @@ def _largest_layer(arguments: Arguments, sizes: Sizes) -> int:
     return sizes["batch"] * sizes["length"] * int(arguments["n_head"]) * channels
 
 
-_INT8 = "nothing: the block has products with matrices, but no convolution"
+_INT8 = "the products with weights; the attention products stay in FP16"
 _PRECISION = (
     "energies and softmax stay in FP32; weights that are known at export time are numbers from 0 to 1 and may be "
     "stored in FP16, and the sums over the positions run in FP16, for the weights sum to 1"

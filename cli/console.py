@@ -94,6 +94,20 @@ def print_failures(name: str, record: Mapping[str, Any]) -> None:
             ERRORS.print(f"[bold red]FAIL[/] {name}, {check['form']} at {height}x{width}: {reason}")
 
 
+def print_support(name: str, record: Mapping[str, Any]) -> None:
+    """Print what the target's TensorRT does not take as it is, if anything."""
+    for report in record["support"]:
+        for finding in report["findings"]:
+            if finding["severity"] != "advice":
+                subject = f"{name}, {report['model']}, {finding['subject'] or 'the model'}"
+                ERRORS.print(
+                    f"{finding['severity']} by TensorRT {report['tensorrt']}: {subject}: {finding['detail']} "
+                    f"{finding['remedy']}",
+                    markup=False,
+                    highlight=False,
+                )
+
+
 def conclude(records: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Path]) -> None:
     """Print table, report path and failures of each comparison.
 
@@ -102,12 +116,14 @@ def conclude(records: Mapping[str, Mapping[str, Any]], folders: Mapping[str, Pat
         folders: where the reports are, by the same names; none for comparisons that wrote none.
 
     Raises:
-        typer.Exit: with status 1, when one of them failed.
+        typer.Exit: with status 1, when one of them failed or a target's TensorRT rejects a form.
     """
     for name, record in records.items():
         CONSOLE.print(parity_table(name, record))
         if name in folders:
             CONSOLE.print(f"report: {folders[name] / 'report.html'}")
         print_failures(name, record)
-    if any(record["verdict"] != "PASS" for record in records.values()):
+        print_support(name, record)
+    rejected = any(report["verdict"] == "rejected" for record in records.values() for report in record["support"])
+    if rejected or any(record["verdict"] != "PASS" for record in records.values()):
         raise typer.Exit(1)

@@ -22,6 +22,7 @@ from edgeattn.export.int8 import Int8Options, quantise
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.plugin_launches import expand_launches
 from edgeattn.export.run_directory import RunDirectory
+from edgeattn.export.support import SupportReport, check_support
 from edgeattn.export.surgery import inline_plugins, strip_bodies
 from edgeattn.export.to_onnx import to_onnx
 from edgeattn.foundation import UserError, atomic_path, sha256_of, write_text
@@ -212,6 +213,7 @@ class ExportRun:
             "samples": len(self.samples),
             "size": list(self.size),
             "extra_sizes": [list(size) for size in request.extra_sizes],
+            "target": request.target,
         }
         inputs = [self.checkpoint, *(form.path for form in forms), *([request.images] if request.images else [])]
         path, _ = self.directory.stage(
@@ -236,12 +238,24 @@ class ExportRun:
             progress=lambda done: self.progress("compare", done, total),
             threads=threads,
         )
+        parity = dataclasses.replace(parity, support=self._support(forms))
         if not self.request.extra_sizes:
             return parity
         sizes = compare_sizes(
             self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2), threads=threads
         )
         return dataclasses.replace(parity, sizes=sizes)
+
+    def _support(self, forms: Sequence[Form]) -> tuple[SupportReport, ...]:
+        """Say which forms the target's TensorRT takes, each as the target gets it."""
+        target = self.target
+        if target is None:
+            return ()
+        strips = not target.takes_function_bodies
+        paths = [self._stripped_path(form.precision) if form.plugin and strips else form.path for form in forms]
+        return tuple(
+            check_support(path, target.tensorrt, target=target.name, dla_cores=target.dla_cores or 0) for path in paths
+        )
 
     def _export(self) -> Path:
         opset = self.request.opset or (self.target.opset if self.target else DEFAULT_OPSET)
@@ -319,7 +333,7 @@ class ExportRun:
         return self._stage(f"inline-{precision}", work, {}, [source], path)
 
     def _strip(self, precision: str, source: Path) -> Path:
-        path = self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
+        path = self._stripped_path(precision)
 
         def work() -> None:
             save_model(strip_bodies(onnx.load(source)), path)
@@ -351,6 +365,9 @@ class ExportRun:
         """Where a plugin form goes; it is an intermediate, kept out of sight, unless asked for."""
         folder = self.directory.path if self.request.plugins else self.directory.path / "intermediate"
         return folder / f"model.plugin{_suffix(precision)}.onnx"
+
+    def _stripped_path(self, precision: str) -> Path:
+        return self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
 
     def _calibration(self) -> CalibrationSamples:
         """Open the calibration images: the user's, or those that come with the model. They are never random."""

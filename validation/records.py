@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from edgeattn.export.support import SupportReport
 from edgeattn.foundation import write_text
 from edgeattn.validation.metrics import HISTOGRAM_EDGES, TensorError
 from edgeattn.validation.runners import FormFacts, Latency
@@ -147,6 +148,7 @@ class Parity:
     original_latency: Latency | None
     forms: tuple[FormParity, ...]
     sizes: tuple[SizeCheck, ...] = ()
+    support: tuple[SupportReport, ...] = ()
     pictures: tuple[Picture, ...] = ()
     environment: Mapping[str, str] = field(default_factory=dict)
 
@@ -165,17 +167,23 @@ class Parity:
 
     def as_dict(self) -> dict[str, Any]:
         """Return everything but the pictures in types that JSON has; NaN becomes null, infinity the string "inf"."""
-        record = {member.name: getattr(self, member.name) for member in fields(self) if member.name != "pictures"}
+        elsewhere = ("pictures", "support")
+        record = {member.name: getattr(self, member.name) for member in fields(self) if member.name not in elsewhere}
         record["forms"] = [{"verdict": _VERDICT[entry.passed], **_members(entry)} for entry in self.forms]
         return {
             "verdict": _VERDICT[self.passed],
             "status": self.status,
+            "support": [_without_nodes(report.as_dict()) for report in self.support],
             "histogram_log10_edges": _plain(HISTOGRAM_EDGES.tolist()),
             **_plain(record),
         }
 
 
 _VERDICT = {True: "PASS", False: "FAIL"}
+
+
+def _without_nodes(report: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in report.items() if name != "nodes"}
 
 
 def _members(value: Any) -> dict[str, Any]:

@@ -54,6 +54,18 @@ def test_every_form_and_the_evidence_are_written(ccnet_run: tuple[Path, ExportRu
     assert "QuantizeLinear" in operators(folder / "model.int8.onnx")
 
 
+def test_evidence_says_what_the_target_takes(ccnet_run: tuple[Path, ExportRun]) -> None:
+    folder, _ = ccnet_run
+    support = json.loads((folder / "parity.json").read_text())["support"]
+    plain = [f"model{precision}.onnx" for precision in ("", ".fp16", ".int8")]
+    stripped = [f"model.plugin{precision}.stripped.onnx" for precision in ("", ".fp16", ".int8")]
+    assert sorted(report["model"] for report in support) == sorted(plain + stripped)
+    assert {(report["target"], report["verdict"]) for report in support} == {("jetpack-6.2-orin", "accepted")}
+    page = (folder / "report.html").read_text(encoding="utf-8")
+    assert "What TensorRT takes" in page
+    assert "for jetpack-6.2-orin." in page
+
+
 def test_evidence_says_what_was_measured(ccnet_run: tuple[Path, ExportRun]) -> None:
     folder, run = ccnet_run
     parity = json.loads((folder / "parity.json").read_text())
