@@ -37,7 +37,7 @@ def build(
     fp16: Annotated[bool, typer.Option("--fp16", help="Convert the graph to FP16 first.")] = False,
     int8: Annotated[
         bool,
-        typer.Option("--int8", help="Quantise the graph's convolutions first; the rest FP32, or FP16 with --fp16."),
+        typer.Option("--int8", help="Quantise the graph's layers first; the rest FP32, or FP16 with --fp16."),
     ] = False,
     calibration: Annotated[Path | None, typer.Option(help=".npz of preprocessed inputs that INT8 needs.")] = None,
     axis: Annotated[

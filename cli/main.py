@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from edgeattn.cli import build, check, compare, demo, export, listing, plugins, rewrite
+from edgeattn.cli import bisect, build, bundle, check, compare, demo, export, inspect, listing, plugins, rewrite
 from edgeattn.cli.console import ERRORS
 from edgeattn.foundation import UserError
 
@@ -18,11 +18,14 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
 )
 app.command("list")(listing.list_declarations)
+app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("compare")(compare.compare)
+app.command("bisect")(bisect.bisect)
 app.command("rewrite")(rewrite.rewrite)
 app.command("check")(check.check)
 app.command("build")(build.build)
+app.command("bundle")(bundle.bundle)
 app.add_typer(plugins.app, name="plugins")
 app.command("demo")(demo.demo)
 

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import onnx
 
-from edgeattn.export.calibration import calibration_samples, input_shapes
+from edgeattn.export.calibration import calibration_samples, input_shapes, input_types
 from edgeattn.export.fp16 import to_fp16
-from edgeattn.export.int8 import to_int8
+from edgeattn.export.int8 import quantise
 from edgeattn.export.surgery import inline_plugins, strip_bodies
 from edgeattn.foundation import UserError, atomic_path
 from edgeattn.plugins_trt import DOMAIN
@@ -25,7 +25,7 @@ class PrecisionOptions:
 
     Attributes:
         fp16: FP16 where it is safe, see `to_fp16`.
-        int8: INT8 convolutions; the rest is FP32, or FP16 together with `fp16`.
+        int8: INT8 convolutions and linear layers; the rest is FP32, or FP16 together with `fp16`.
         calibration: .npz file that INT8 is calibrated on, already preprocessed.
     """
 
@@ -104,8 +104,10 @@ def prepare(
     """
     notes: list[str] = []
     if precision.int8 and precision.calibration is not None:
-        samples = calibration_samples(precision.calibration, inputs=input_shapes(model))
-        model = to_int8(model, samples, progress=progress)
+        samples = calibration_samples(precision.calibration, inputs=input_shapes(model), types=input_types(model))
+        quantised = quantise(model, samples, progress=progress)
+        model = quantised.model
+        notes += quantised.notes
     if precision.fp16:
         result = to_fp16(model)
         model = result.model
