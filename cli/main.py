@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from edgeattn.cli import build, bundle, check, compare, demo, export, inspect, listing, plugins, rewrite
+from edgeattn.cli import bisect, build, bundle, check, compare, demo, export, inspect, listing, plugins, rewrite
 from edgeattn.cli.console import ERRORS
 from edgeattn.foundation import UserError
 
@@ -21,6 +21,7 @@ app.command("list")(listing.list_declarations)
 app.command("inspect")(inspect.inspect)
 app.command("export")(export.export)
 app.command("compare")(compare.compare)
+app.command("bisect")(bisect.bisect)
 app.command("rewrite")(rewrite.rewrite)
 app.command("check")(check.check)
 app.command("build")(build.build)
