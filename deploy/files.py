@@ -11,6 +11,7 @@ import onnx
 from edgeattn.deploy.evidence import EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.deploy.pipeline import Progress, save_model
 from edgeattn.export.calibration import input_shapes
+from edgeattn.export.model_file import load_model
 from edgeattn.export.rewrite import RewriteResult
 from edgeattn.export.rewrite import rewrite as rewrite_model
 from edgeattn.export.run_directory import versions
@@ -19,7 +20,6 @@ from edgeattn.foundation import UserError, sha256_of
 from edgeattn.models import MODELS
 from edgeattn.validation.open_form import OpenForm, open_form
 from edgeattn.validation.parity import Form, compare_forms
-from edgeattn.validation.runners import load_form
 
 
 def form_of(file: OpenForm, plugin_libraries: Sequence[Path] = ()) -> Form:
@@ -122,6 +122,6 @@ def rewrite_file(model: Path, output: Path, *, strip: bool = False, seed: int = 
     """
     if output.is_dir():
         raise UserError(f"the output {output} is a folder. Give a file name with -o.")
-    result = rewrite_model(load_form(model), seed=seed)
+    result = rewrite_model(load_model(model), seed=seed)
     save_model(strip_bodies(result.model) if strip else result.model, output)
     return result

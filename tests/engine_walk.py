@@ -31,6 +31,7 @@ from edgeattn.export.engine import (
     profiles_of,
 )
 from edgeattn.export.engine.machine import Gpu, Machine, release_of
+from edgeattn.export.model_file import load_model
 from edgeattn.foundation import UserError
 from edgeattn.validation import engine_runner, runners
 
@@ -354,7 +355,7 @@ def walk_runner(folder: Path, request: BuildRequest, types) -> dict:
         with runner:
             found["measured"] = runner.description.measured
             form = runner.description.graph
-            facts = runners.facts_of(runners.load_form(form), form)
+            facts = runners.facts_of(load_model(form), form)
             sample = {"image": numpy.zeros((1, 3, 8, 8), numpy.float32)}
             with runners.onnx_runner(form, facts) as other_runner:
                 outputs = [

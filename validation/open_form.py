@@ -12,6 +12,7 @@ from polygraphy.backend.base import BaseRunner
 
 from edgeattn.export.engine import AGREES
 from edgeattn.export.engine.machine import local_machine
+from edgeattn.export.model_file import load_model
 from edgeattn.validation import runners
 from edgeattn.validation.engine_runner import EngineDescription, EngineRunner, describe_engine
 from edgeattn.validation.runners import FormFacts, Latency
@@ -77,9 +78,9 @@ def open_form(path: Path, *, name: str, threads: int = 1, plugins: Sequence[Path
     """
     if path.suffix == ENGINE_SUFFIX:
         engine = describe_engine(path, local_machine())
-        model = runners.load_form(engine.graph)
+        model = load_model(engine.graph)
         runner: BaseRunner = EngineRunner(path, plugins=plugins, name=name)
         return OpenForm(path, model, runners.facts_of(model, path), runner, engine)
-    model = runners.load_form(path)
+    model = load_model(path)
     facts = runners.facts_of(model, path)
     return OpenForm(path, model, facts, runners.onnx_runner(path, facts, threads=threads, name=name), None)

@@ -22,7 +22,7 @@ from polygraphy.exception import PolygraphyException
 from torch import nn
 
 from edgeattn.export.emulation import emulate_fp16
-from edgeattn.foundation import UserError
+from edgeattn.export.model_file import load_model
 from edgeattn.plugins_trt import DOMAIN
 
 MEASURED_ON = f"CPU, ONNX Runtime {onnxruntime.__version__}"
@@ -146,20 +146,6 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         return OrderedDict((name, tensor.numpy()) for name, tensor in zip(self.outputs, tensors, strict=True))
 
 
-def load_form(path: str | Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        UserError: it does not exist or is no ONNX model.
-    """
-    try:
-        return onnx.load(str(path))
-    except OSError as error:
-        raise UserError(f"cannot read the model {path}: {error.strerror or error}. Check the path.") from error
-    except Exception as error:  # protobuf's DecodeError has no stable home across protobuf releases
-        raise UserError(f"{path} is not an ONNX model: {error}. Export it again.") from error
-
-
 def facts_of(model: onnx.ModelProto, path: str | Path) -> FormFacts:
     """Describe a loaded form; `path` is where it was read from."""
     return FormFacts(
@@ -223,7 +209,7 @@ def onnx_runner(path: str | Path, facts: FormFacts, *, threads: int = 1, name: s
     entries = {"session.disable_quant_qdq": "1"} if facts.qdq else {}
 
     def load() -> onnxruntime.InferenceSession:
-        source = emulate_fp16(load_form(path)).SerializeToString() if facts.fp16 else str(path)
+        source = emulate_fp16(load_model(path)).SerializeToString() if facts.fp16 else str(path)
         return _session(source, threads=threads, entries=entries)
 
     return OnnxrtRunner(load, name=name)

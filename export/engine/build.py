@@ -29,6 +29,7 @@ from edgeattn.export.engine.record import (
 )
 from edgeattn.export.engine.timing_cache import cache_path, default_folder
 from edgeattn.export.engine.trtexec import trtexec_line
+from edgeattn.export.model_file import load_model
 from edgeattn.export.precision_types import element_types
 from edgeattn.foundation import UserError, atomic_path, sha256_of, write_text
 from edgeattn.targets import Target
@@ -87,7 +88,7 @@ def profiles_of(model: Path, options: ProfileOptions) -> tuple[Profile, ...]:
     Raises:
         UserError: the file is no ONNX model, or the ranges do not fit it.
     """
-    return make_profiles(input_axes(graphs.load_model(model)), options)
+    return make_profiles(input_axes(load_model(model)), options)
 
 
 def build_engine(request: BuildRequest, progress: Progress | None = None) -> BuildResult:
@@ -101,7 +102,7 @@ def build_engine(request: BuildRequest, progress: Progress | None = None) -> Bui
         UserError: it cannot be built here; the message says why, and how it can be.
         BuildCancelled: the user cancelled; the engine is as it was, and the measurements so far are kept.
     """
-    model = graphs.load_model(request.model)
+    model = load_model(request.model)
     machine = _machine_for(request, model)
     request.configuration.require(machine.tensorrt_release)
     key = engine_key(request.model, machine, request.configuration, request.precision)
@@ -143,7 +144,7 @@ def print_line(request: BuildRequest, progress: Progress | None = None) -> tuple
     Raises:
         UserError: no target is given and there is no TensorRT here whose version could be asked.
     """
-    model = graphs.load_model(request.model)
+    model = load_model(request.model)
     if request.target is None:
         try:
             release = machines.release_of(str(machines.import_tensorrt().__version__))

@@ -61,20 +61,6 @@ class PreparedGraph:
     notes: tuple[str, ...] = ()
 
 
-def load_model(path: Path) -> onnx.ModelProto:
-    """Read an ONNX file.
-
-    Raises:
-        UserError: it does not exist or is no ONNX model.
-    """
-    try:
-        return onnx.load(str(path))
-    except OSError as error:
-        raise UserError(f"cannot read the model {path}: {error.strerror or error}. Check the path.") from error
-    except Exception as error:  # protobuf's DecodeError has no stable home across protobuf releases
-        raise UserError(f"{path} is not an ONNX model: {error}. Export it again.") from error
-
-
 def changes(model: onnx.ModelProto, precision: PrecisionOptions, *, plugins: bool, release: tuple[int, int]) -> bool:
     """Return whether `prepare` would change the model, so that the parser needs another file."""
     if precision.fp16 or precision.int8:

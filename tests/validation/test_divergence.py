@@ -217,6 +217,36 @@ def test_nodes_that_cannot_run_are_named(network: Net, clean: onnx.ModelProto, t
     assert "shape" in str(found.first.failure)
 
 
+def test_results_of_one_module_are_assigned_by_their_values(tmp_path: Path) -> None:
+    class Pair(nn.Module):
+        def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+            first = x * 2
+            return first.softmax(dim=1), first  # not in the order of computation
+
+    class Wrapped(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.pair = Pair()
+
+        def forward(self, image: torch.Tensor) -> torch.Tensor:
+            weights, values = self.pair(image)
+            return (weights - values).exp()
+
+    model = to_onnx(Wrapped(), [torch.zeros(SHAPE)], input_names=["image"], output_names=["out"])
+    form = saved(model, tmp_path / "pair.onnx")
+    found = bisect(TorchForm(Wrapped(), ["image"], ["out"]), form, [FEED])
+    assert not found.found, found.verdict
+    assert [point.module for point in found.points].count("pair") == 2
+
+    def swap(damaged: onnx.ModelProto) -> None:
+        node = nodes(damaged, "Sub")[0]
+        node.input[0], node.input[1] = node.input[1], node.input[0]
+
+    bad = bisect(TorchForm(Wrapped(), ["image"], ["out"]), saved(edited(model, swap), tmp_path / "bad.onnx"), [FEED])
+    assert bad.first is not None
+    assert bad.first.tensor == "out"
+
+
 def test_forms_without_module_paths_are_aligned_by_name(clean: onnx.ModelProto, tmp_path: Path) -> None:
     bare = saved(edited(clean, without_metadata), tmp_path / "bare.onnx")
     bad = edited(edited(clean, lambda model: wrong_bias(model, 1)), without_metadata)

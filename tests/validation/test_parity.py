@@ -13,6 +13,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgeattn.export.engine import AGREES
+from edgeattn.export.model_file import load_model
 from edgeattn.foundation import UserError
 from edgeattn.models.spec import ModelSpec, OutputSpec, Preprocessing, Sample
 from edgeattn.validation import open_form, runners
@@ -312,7 +313,7 @@ def engine_of(monkeypatch, graph, engine, verdict):
 
     def runner(path, *, plugins, name):
         assert (path, plugins) == (engine, (Path("plugins.so"),))
-        return runners.onnx_runner(graph, runners.facts_of(runners.load_form(graph), graph), name=name)
+        return runners.onnx_runner(graph, runners.facts_of(load_model(graph), graph), name=name)
 
     monkeypatch.setattr(open_form, "EngineRunner", runner)
     return Form("engine", engine, "fp32", False, (Path("plugins.so"),))

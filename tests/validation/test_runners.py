@@ -7,6 +7,7 @@ import torch
 from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
+from edgeattn.export.model_file import load_model
 from edgeattn.foundation import UserError
 from edgeattn.validation import runners
 from edgeattn.validation.runners import FormFacts, TorchRunner
@@ -77,7 +78,7 @@ def squares(tmp_path):
 
 
 def facts(path):
-    return runners.facts_of(runners.load_form(path), path)
+    return runners.facts_of(load_model(path), path)
 
 
 def test_facts(tmp_path, squares):
@@ -163,8 +164,8 @@ def test_native_latency(squares):
 
 def test_unreadable_models_are_refused(tmp_path):
     with pytest.raises(UserError, match="cannot read the model"):
-        runners.load_form(tmp_path / "absent.onnx")
+        load_model(tmp_path / "absent.onnx")
     broken = tmp_path / "broken.onnx"
     broken.write_bytes(b"not a model at all")
     with pytest.raises(UserError, match="is not an ONNX model"):
-        runners.load_form(broken)
+        load_model(broken)

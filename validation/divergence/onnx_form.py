@@ -10,11 +10,12 @@ from pathlib import Path
 import numpy as np
 
 from edgeattn.export.calibration import input_shapes
+from edgeattn.export.model_file import load_model
 from edgeattn.foundation import UserError
 from edgeattn.validation.divergence.forms import Arrays, Outline, Sink
 from edgeattn.validation.divergence.scopes import Place, ScopedGraph
 from edgeattn.validation.divergence.segments import Dissection, Segment, Sessions, Walk
-from edgeattn.validation.runners import FormFacts, facts_of, load_form
+from edgeattn.validation.runners import FormFacts, facts_of
 
 
 class OnnxForm:
@@ -30,7 +31,7 @@ class OnnxForm:
 
     def __init__(self, path: Path, *, sessions: Sessions | None = None) -> None:
         self.path, self.name = path, path.name
-        model = load_form(path)
+        model = load_model(path)
         self.facts: FormFacts = facts_of(model, path)
         self.graph = ScopedGraph(model)
         self.dissection = Dissection(model, half=self.facts.fp16)

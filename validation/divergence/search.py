@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from itertools import permutations
 
 import numpy as np
 
@@ -19,6 +20,8 @@ from edgeattn.validation.divergence.segments import Segment, SegmentError, Walk
 
 NETWORK = "(network)"
 """Stands for what belongs to no module but the network itself."""
+
+_MOST_RESULTS = 6  # of one module call that are told apart by their values
 
 
 @dataclass
@@ -130,10 +133,40 @@ class Search:
         outputs = {Place(name, 0, "network"): name for name in dissected.outputs}
         outline = Outline({**outline.places, **dict.fromkeys(outputs)}, outline.stand_ins, outline.leaves)
         self.alignment = align(outline, {**places, **outputs}, dissected.graph, dissected.dissection.shapes)
+        if not isinstance(self.observed, OnnxForm):  # two graphs give the results of a module in the same order
+            self.alignment = replace(self.alignment, places=self._in_order(self.alignment, feed))
         self.segments = dissected.cut(self.alignment.places)
         self._tallies = [_Tally() for _ in self.segments]
         if isinstance(self.observed, TorchForm):
             self._folding = self.observed.folding_error(feed)
+
+    def _in_order(self, alignment: Alignment, feed: Arrays) -> dict[str, Place]:
+        """Return the alignment with several results of one module call assigned to each other by their values.
+
+        A module returns them in an order of its own, the graph computes them in another. Results that a fault has
+        swapped are assigned the right way round here; what reads them diverges then.
+        """
+        groups: dict[tuple[str, int], list[str]] = {}
+        for tensor, place in alignment.places.items():
+            if place.side == "out":
+                groups.setdefault((place.path, place.call), []).append(tensor)
+        several = [tensors for tensors in groups.values() if 1 < len(tensors) <= _MOST_RESULTS]
+        places = dict(alignment.places)
+        theirs: dict[Place, np.ndarray] = {}
+        wanted = [places[tensor] for tensors in several for tensor in tensors]
+        if not wanted:
+            return places
+        self.observed.run(feed, wanted, lambda place, array: theirs.update({place: array}))
+        try:
+            ours = self.dissected.values(feed, [tensor for tensors in several for tensor in tensors])
+        except SegmentError:
+            return places
+        for tensors in several:
+            orders = permutations([places[tensor] for tensor in tensors])
+            options = [dict(zip(tensors, order, strict=True)) for order in orders]
+            costs = [sum(_unlike(theirs, ours, place, name) for name, place in option.items()) for option in options]
+            places.update(options[costs.index(min(costs))])
+        return places
 
     def _compare(self, feed: Arrays) -> None:
         """Run both forms on one sample; segments are judged as soon as all they need is there."""
@@ -315,6 +348,12 @@ class Search:
 
 def _coarseness(form: OnnxForm) -> int:
     return ("fp32", "fp16", "int8").index(form.precision)
+
+
+def _unlike(theirs: Mapping[Place, np.ndarray], ours: Arrays, place: Place, tensor: str) -> float:
+    """Return how little two tensors resemble each other, from 0 to 2 where the shapes agree, and more where not."""
+    left, right = theirs[place], ours[tensor]
+    return min(relative_l2(left, right), 2.0) if left.shape == right.shape else 3.0
 
 
 def _only(arrays: Arrays, names: Iterable[str]) -> dict[str, np.ndarray]:
