@@ -1,13 +1,15 @@
-"""Recurrent units as torch.nn has them: LSTM and GRU over sequences, and their cells for one step.
+"""Recurrent units as torch.nn has them: LSTM, GRU and RNN over sequences, and cells of the first two for one step.
 
 Paper: Hochreiter and Schmidhuber, "Long Short-Term Memory", Neural Computation 1997 (with the forget gate of Gers et
-al., 2000); Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", EMNLP 2014 (arXiv 1406.1078).
+al., 2000); Cho et al., "Learning Phrase Representations using RNN Encoder-Decoder", EMNLP 2014 (arXiv 1406.1078);
+Elman, "Finding Structure in Time", Cognitive Science 1990.
 Code: https://github.com/pytorch/pytorch, `torch/nn/modules/rnn.py`.
 
     LSTM    i, f, o = sigmoid(W x + b + R h),  g = tanh(W x + b + R h),  c' = f c + i g,  h' = o tanh(c')
     GRU     r, z = sigmoid(W x + b + R h),  n = tanh(W x + b + r (R h + b')),  h' = (1 - z) n + z h
+    RNN     h' = tanh(W x + b + R h)
 
-A sequence becomes one ONNX LSTM or GRU node per layer, for both directions. torch's exporter traces these modules
+A sequence becomes one ONNX LSTM, GRU or RNN node per layer, for both directions. torch's exporter traces these modules
 through a loop over the example's steps and so refuses a dynamic length; here the node is written directly, within
 TensorRT's limits: layout 0, no coupled input and forget gates, and a GRU's reset gate behind the recurrent product.
 `unrolled=True` writes every step of a fixed length instead, for runtimes without these nodes.
@@ -114,7 +116,34 @@ class GRUUnit(nn.Module):
         return candidate + gates[:, :size] * (hidden - candidate)
 
 
-Unit = LSTMUnit | GRUUnit
+class RNNUnit(nn.Module):
+    """One step without gates behind the product of the inputs with their weights."""
+
+    op_type: ClassVar[str] = "RNN"
+    order: ClassVar[tuple[int, ...]] = (0,)
+    states: ClassVar[int] = 1
+    attributes: ClassVar[dict[str, int]] = {}
+
+    @staticmethod
+    def biases(on_input: torch.Tensor, on_state: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Return the biases that the products of input and state get: the sum of both, and none."""
+        return on_input + on_state, None
+
+    def forward(
+        self, from_input: torch.Tensor, recurrence: torch.Tensor, bias: torch.Tensor | None, state: State
+    ) -> State:
+        """Advance the state.
+
+        Args:
+            from_input: (batch, hidden), the product of the input with W and both biases.
+            recurrence: (hidden, hidden), R transposed.
+            bias: None.
+            state: h (batch, hidden).
+        """
+        return (torch.addmm(from_input, state[0], recurrence).tanh(),)
+
+
+Unit = LSTMUnit | GRUUnit | RNNUnit
 
 
 def _reordered(tensor: torch.Tensor, order: Sequence[int]) -> torch.Tensor:
@@ -244,7 +273,7 @@ class Layer(nn.Module):
 
 
 class Sequences(nn.Module):
-    """A stack of layers; what `LSTM` and `GRU` become for an export.
+    """A stack of layers; what `LSTM`, `GRU` and `RNN` become for an export.
 
     Args:
         name: what error messages call it.
@@ -341,7 +370,7 @@ class Recurrent(nn.Module):
 
         Args:
             x: (length, batch, input_size), or with `batch_first` (batch, length, input_size).
-            initial: for an LSTM h and c, for a GRU h, each (num_layers * directions, batch, hidden_size); zeros when
+            initial: for an LSTM h and c, otherwise h, each (num_layers * directions, batch, hidden_size); zeros when
                 left out.
 
         Returns:
@@ -391,6 +420,15 @@ class GRU(Recurrent):
     """
 
     unit = GRUUnit
+
+
+class RNN(Recurrent):
+    """Recurrent layers without gates; takes the state of torch.nn.RNN with its default, tanh.
+
+    See `Recurrent` for state names, arguments and errors.
+    """
+
+    unit = RNNUnit
 
 
 class MergedLSTMCell(nn.Module):
@@ -580,13 +618,20 @@ _CELL_PRECISION = (
     "from step to step and as input and output of a single step"
 )
 
-for _build, _title, _paper, _year, _states, _precision in (
+_OPENNMT = Published(
+    "one layer of OpenNMT's encoder, sentences of 50 words",
+    {"input_size": 500, "hidden_size": 250, "batch_first": True, "bidirectional": True},
+    {"batch": 1, "length": 50},
+)
+
+for _build, _title, _paper, _year, _states, _published, _precision in (
     (
         LSTM,
         "long short-term memory over sequences",
         "Long Short-Term Memory, Neural Computation 1997; forget gate: Learning to Forget, 2000",
         2000,
         ("h", "c"),
+        _OPENNMT,
         f"{_NODE_PRECISION}; the node's cell state loses small additions after some 1000 steps, so for such lengths "
         "keep the node in FP32 by name. Unrolled, the cell state stays in FP32",
     ),
@@ -596,7 +641,17 @@ for _build, _title, _paper, _year, _states, _precision in (
         "Learning Phrase Representations using RNN Encoder-Decoder for Statistical Machine Translation, EMNLP 2014",
         2014,
         ("h",),
+        _OPENNMT,
         f"{_NODE_PRECISION}, and its state is a mean of numbers from -1 to 1",
+    ),
+    (
+        RNN,
+        "recurrent layers without gates",
+        "Finding Structure in Time, Cognitive Science 1990",
+        1990,
+        ("h",),
+        None,
+        "the node runs in FP16: its tanh saturates, so that an overflowing product still gives the exact limit",
     ),
 ):
     BLOCKS.add(
@@ -609,15 +664,7 @@ for _build, _title, _paper, _year, _states, _precision in (
             build=_build,
             original=f"edgeattn.validation.originals.recurrent:{_build.__name__}",
             variants=(
-                Variant(
-                    "torch",
-                    _BOTH_WAYS,
-                    published=Published(
-                        "one layer of OpenNMT's encoder, sentences of 50 words",
-                        {"input_size": 500, "hidden_size": 250, "batch_first": True, "bidirectional": True},
-                        {"batch": 1, "length": 50},
-                    ),
-                ),
+                Variant("torch", _BOTH_WAYS, published=_published),
                 Variant(
                     "steps-first-with-state",
                     {**_SMALL, "bias": False},

@@ -43,6 +43,22 @@ class GRU(nn.GRU):
         return super().forward(x, *initial)
 
 
+class RNN(nn.RNN):
+    """torch.nn.RNN, with tanh, with its results side by side.
+
+    Args:
+        unrolled: of the block; this module knows no difference.
+        arguments: of torch.nn.RNN.
+    """
+
+    def __init__(self, *, unrolled: bool = False, **arguments: int) -> None:
+        super().__init__(**arguments)
+
+    def forward(self, x: torch.Tensor, *initial: torch.Tensor) -> tuple[torch.Tensor, ...]:  # type: ignore[override]
+        """Return outputs and h."""
+        return super().forward(x, *initial)
+
+
 class LSTMCell(nn.LSTMCell):
     """torch.nn.LSTMCell with its state as two arguments."""
 
