@@ -25,6 +25,8 @@ docs: .venv/ready
 
 bench: .venv/ready
 	$(BIN)/python benchmarks/blocks.py
+	$(BIN)/python benchmarks/kernel_resources.py
+	$(BIN)/python benchmarks/fault_injection.py
 	$(BIN)/python benchmarks/criss_cross_forms.py
 	$(BIN)/python benchmarks/rewrite_chain.py
 	$(BIN)/python benchmarks/official_size.py
