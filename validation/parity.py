@@ -102,7 +102,7 @@ class _Candidate:
     def activate(self, stack: ExitStack) -> None:
         try:
             stack.enter_context(self.runner)
-        except runners.RUNTIME_ERRORS as error:
+        except (UserError, *runners.RUNTIME_ERRORS) as error:
             self.failure = f"{self.file.runtime} cannot load it: {error}"
 
     def run(self, feed: Arrays, reference: Arrays) -> Arrays | None:

@@ -334,3 +334,14 @@ def test_an_engine_of_unproven_types_fails(tmp_path, monkeypatch):
     form = right(tmp_path / "right.onnx")
     parity = judge(engine_of(monkeypatch, form.path, tmp_path / "right.engine", "differs"))
     assert "not shown to be those of its graph: differs" in parity.forms[0].reasons[0]
+
+
+def test_a_form_that_cannot_be_emulated_fails_alone(tmp_path, monkeypatch):
+    def refuse(model):
+        raise UserError("no emulation")
+
+    monkeypatch.setattr(runners, "emulate_fp16", refuse)
+    unknown = Form("half", half(tmp_path / "half.onnx"), "fp16", plugin=False)
+    parity = judge(right(tmp_path / "right.onnx"), unknown)
+    assert [entry.passed for entry in parity.forms] == [True, False]
+    assert "cannot load it: no emulation" in parity.forms[1].reasons[-1]
