@@ -46,6 +46,10 @@ __all__ = [
 Arrays = Mapping[str, np.ndarray]
 
 
+_LOADING_ERRORS: tuple[type[Exception], ...] = (UserError, *runners.RUNTIME_ERRORS)
+"""What a form's runner raises when it cannot begin; `UserError` where FP16 cannot be emulated."""
+
+
 class _Tally:
     """Running comparison of one form with the original."""
 
@@ -102,7 +106,7 @@ class _Candidate:
     def activate(self, stack: ExitStack) -> None:
         try:
             stack.enter_context(self.runner)
-        except (UserError, *runners.RUNTIME_ERRORS) as error:
+        except _LOADING_ERRORS as error:
             self.failure = f"{self.file.runtime} cannot load it: {error}"
 
     def run(self, feed: Arrays, reference: Arrays) -> Arrays | None:
