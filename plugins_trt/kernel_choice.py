@@ -122,7 +122,7 @@ class KernelChoice:
         Every driver that runs the GPU takes that one. Launches that cannot see all fixed sizes find their kernels
         afterwards, because TensorRT asks about the first launch of an operation first.
         """
-        layouts = LAYOUTS if any(tensor.follows_layout for tensor in plugin.spec.inputs) else LAYOUTS[:1]
+        layouts = LAYOUTS if plugin.spec.has_maps else LAYOUTS[:1]
         variants = [
             variant for layout in layouts for variant in variants_of(plugin.spec, element, layout, self.sm, static)
         ]

@@ -169,9 +169,8 @@ def variants(
     found: dict[tuple[object, ...], KernelVariant] = {}
     for sm in sms:
         for operation in operations:
-            has_maps = any(tensor.follows_layout for tensor in (*operation.spec.inputs, *operation.spec.outputs))
             for element in elements or operation.elements:
-                for layout in layouts if has_maps else LAYOUTS[:1]:
+                for layout in layouts if operation.spec.has_maps else LAYOUTS[:1]:
                     for variant in variants_of(operation.spec, element, layout, sm, operation.static):
                         key = (operation.spec.name, variant.launch.name, element, layout, sm, *variant.static.items())
                         found.setdefault(key, variant)

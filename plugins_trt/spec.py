@@ -153,6 +153,11 @@ class PluginSpec:
         """
         return f"__{DOMAIN}_{self.name}_"
 
+    @property
+    def has_maps(self) -> bool:
+        """Whether any input or output may come channels-last; otherwise all kernels are linear."""
+        return any(tensor.follows_layout for tensor in (*self.inputs, *self.outputs))
+
     def sizes_of(self, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, int]:
         """Return the size of every symbol from the shapes of the inputs.
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -106,17 +106,6 @@ def variants_of(spec: PluginSpec, element: str, layout: str, sm: int, static: Ma
             )
         )
     return variants
-
-
-def preset_variants(
-    spec: PluginSpec, elements: Mapping[str, int] | tuple[str, ...], sm: int
-) -> Iterator[KernelVariant]:
-    """Yield the variants of an operation for its published sizes, in every layout that its tensors can have."""
-    layouts = LAYOUTS if any(tensor.follows_layout for tensor in spec.inputs) else LAYOUTS[:1]
-    for static in spec.presets:
-        for element in elements:
-            for layout in layouts:
-                yield from variants_of(spec, element, layout, sm, static)
 
 
 def workspace_shapes(

@@ -8,6 +8,8 @@ from typing import Any
 from gpu.cases import Record
 from gpu.workloads import BAR_ELEMENT, DRY_WORKLOADS, WORKLOADS
 
+from edgeattn.plugins_trt.variants import Cost
+
 PLUGIN = "plugin"
 MACHINE = "machine"
 ROOFLINE = "roofline"
@@ -20,8 +22,8 @@ def best_microseconds(record: Record) -> float:
 
 def roofline_microseconds(record: Record, machine: Record) -> float:
     """Return the least time of an operation at the bandwidth and matrix rate that were measured in the same run."""
-    cost, element = record["cost"], record["element"]
-    return 1e6 * max(cost["flops"] / machine["flops_per_second"][element], cost["bytes"] / machine["bytes_per_second"])
+    rate = machine["flops_per_second"][record["element"]]
+    return 1e6 * Cost(**record["cost"]).roofline_seconds(rate, machine["bytes_per_second"])
 
 
 def timed(records: Iterable[Record], **having: Any) -> list[Record]:

@@ -60,7 +60,7 @@ def elements_of(settings: Settings) -> tuple[str, ...]:
 
 def layouts_of(spec: PluginSpec) -> tuple[str, ...]:
     """Return the layouts that an operation's tensors can have."""
-    return LAYOUTS if any(tensor.follows_layout for tensor in spec.inputs) else LAYOUTS[:1]
+    return LAYOUTS if spec.has_maps else LAYOUTS[:1]
 
 
 def sizes_for(

@@ -20,9 +20,10 @@ from edgeattn.blocks import AttentionCore
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import PLUGINS, PluginSpec
 from edgeattn.plugins_trt.expressions import names_in
+from edgeattn.plugins_trt.selection import Operation, variants
 from edgeattn.plugins_trt.spec import ELEMENT_BYTES, LAYOUTS
 from edgeattn.plugins_trt.torch_host import kernel_function, run
-from edgeattn.plugins_trt.variants import cost_of, preset_variants, variants_of, workspace_shapes
+from edgeattn.plugins_trt.variants import cost_of, variants_of, workspace_shapes
 
 SPECS = [spec for spec in PLUGINS if spec.launches]
 BARS = {"float32": 1e-5, "float16": 2e-3, "bfloat16": 1.6e-2}
@@ -191,8 +192,9 @@ def test_launches_fit_their_kernels(spec: PluginSpec) -> None:
 @specs
 def test_presets_are_compiled_in_every_layout_their_maps_have(spec: PluginSpec) -> None:
     maps = any(tensor.follows_layout for tensor in spec.inputs)
-    variants = list(preset_variants(spec, ("float16",), 87))
-    assert len(variants) == len(spec.presets) * len(spec.launches) * (2 if maps else 1)
+    operations = [Operation(spec, static) for static in spec.presets]
+    compiled = variants(operations, [87], ["float16"])
+    assert len(compiled) == len(spec.presets) * len(spec.launches) * (2 if maps else 1)
 
 
 def test_criss_cross_at_its_published_size() -> None:
