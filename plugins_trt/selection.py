@@ -118,11 +118,7 @@ def sized_operations(sizes: Sequence[Mapping[str, int]], names: Sequence[str] = 
                     f"{spec.name} compiles in {', '.join(spec.static) or 'no sizes'}, but the sizes given are "
                     f"{', '.join(static)}. Choose the operations that they are for with --operation."
                 )
-    return [
-        Operation(spec, {name: static[name] for name in spec.static})
-        for spec in chosen_specs(names)
-        for static in sizes
-    ]
+    return [Operation(spec, {name: static[name] for name in spec.static}) for spec in specs for static in sizes]
 
 
 def parse_sizes(text: str) -> dict[str, int]:
