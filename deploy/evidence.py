@@ -35,7 +35,7 @@ def checkpoint_path(spec: ModelSpec, checkpoint: str) -> Path:
 def load_original(spec: ModelSpec, path: Path) -> nn.Module:
     """Return the independent PyTorch original of a model with trained weights, in evaluation mode."""
     module, name = spec.original.split(":")
-    original: nn.Module = getattr(importlib.import_module(module), name)(**spec.original_arguments)
+    original: nn.Module = getattr(importlib.import_module(module), name)(**spec.arguments)
     load_checkpoint(original, read_checkpoint(path))
     return original.eval()
 

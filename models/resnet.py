@@ -72,22 +72,26 @@ def make_stages(
     blocks: Sequence[int],
     norm: Norm,
     *,
+    strides: Sequence[int] = (1, 2, 1, 1),
+    dilations: Sequence[int | Sequence[int]] = (1, 1, 2, 4),
     stride_on_first: bool = False,
 ) -> list[nn.Sequential]:
-    """Build the four residual stages with strides 1, 2, 1, 1 and dilations 1, 1, 2, 4.
+    """Build the four residual stages, of output stride 8 unless said otherwise.
 
     Args:
         in_channels: channels after the stem.
         base_width: inner channels of the first stage; the others have 2, 4 and 8 times as many.
         blocks: number of bottlenecks of each stage.
         norm: makes a normalisation layer for a number of channels.
+        strides: of the first bottleneck of each stage.
+        dilations: of all bottlenecks of each stage, or one number for each of them.
         stride_on_first: see `Bottleneck`.
     """
     stages = []
-    for index, (count, stride, dilation) in enumerate(zip(blocks, (1, 2, 1, 1), (1, 1, 2, 4), strict=True)):
+    for index, (count, stride, dilated) in enumerate(zip(blocks, strides, dilations, strict=True)):
         planes = base_width * 2**index
         layers = []
-        for position in range(count):
+        for position, dilation in enumerate([dilated] * count if isinstance(dilated, int) else dilated):
             layers.append(
                 Bottleneck(
                     in_channels,

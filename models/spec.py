@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
@@ -12,6 +13,8 @@ from PIL import Image
 from torch import nn
 
 from edgeattn.foundation import Registry
+
+_LISTINGS = Path(__file__).parent / "listings"
 
 
 @dataclass(frozen=True)
@@ -44,7 +47,8 @@ class OutputSpec:
 
     Attributes:
         name: name of the ONNX output.
-        meaning: "logits" (class axis 1, reduced resolution) or "probability" (after the sigmoid, input resolution).
+        meaning: "logits" (class axis 1, reduced resolution), "probability" (after the sigmoid, input resolution) or
+            "scores" (batch, classes).
         auxiliary: used in training only; left out of exported graphs unless asked for.
     """
 
@@ -83,20 +87,49 @@ class Sample:
 
 
 @dataclass(frozen=True)
+class Layout:
+    """One published form of a network's state_dict.
+
+    Attributes:
+        name: unique within the network, such as "official" or "timm".
+        key_map: replacement template by pattern (see `edgeattn.models.checkpoint`) from published names to ours; empty
+            where the names are the same.
+        listing: file of published names and shapes in `models/listings/`, without its ending; None where no file lists
+            them, because the network was trained here.
+    """
+
+    name: str = "official"
+    key_map: Mapping[str, str] = field(default_factory=dict)
+    listing: str | None = None
+
+    def published_shapes(self) -> dict[str, tuple[int, ...]] | None:
+        """Return the published names and shapes; None where no file lists them."""
+        if self.listing is None:
+            return None
+        listed = json.loads((_LISTINGS / f"{self.listing}.json").read_text(encoding="utf-8"))
+        return {name: tuple(shape) for name, shape in listed["keys"].items()}
+
+
+@dataclass(frozen=True)
 class ModelSpec:
     """A network that carries attention blocks.
 
     Attributes:
         name: unique name on the command line.
         summary: one line for listings, with paper and year.
-        build: returns the untrained network, in `eval` mode.
-        original: `module:class` of the independent original, and `original_arguments` to construct it.
+        network: the class or function that constructs the network.
+        arguments: what the network is constructed with.
+        small: arguments of a small network of the same structure, for tests.
+        original: `module:class` of the independent original, which takes the same arguments and state.
+        layouts: published forms of the state, the network's own first.
         inputs: ONNX names of the image inputs, each (batch, 3, height, width).
         outputs: what the network's forward returns, in order.
         preprocessing: from image to network input.
         size: (height, width) that the model was trained at.
         classes: class names by label.
         labels: main outputs by name, and the (height, width) of the input, to integer labels (batch, K, H, W).
+        fixed_size: why height and width cannot vary; empty where they can.
+        test_sizes: (height, width) of test images; the first one is the example of an export.
         checkpoint: bundled trained weights, if any.
         samples: held-out samples, first `count` of them; or None where no data is bundled.
         calibration: images for INT8 calibration, disjoint from `samples`.
@@ -104,18 +137,26 @@ class ModelSpec:
 
     name: str
     summary: str
-    build: Callable[[], nn.Module]
+    network: Callable[..., nn.Module]
+    arguments: Mapping[str, object]
+    small: Mapping[str, object]
     original: str
-    original_arguments: Mapping[str, object]
     inputs: tuple[str, ...]
     outputs: tuple[OutputSpec, ...]
     preprocessing: Preprocessing
     size: tuple[int, int]
     classes: tuple[str, ...]
     labels: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor]
+    layouts: tuple[Layout, ...] = (Layout(),)
+    fixed_size: str = ""
+    test_sizes: tuple[tuple[int, int], ...] = ((65, 97), (72, 88))
     checkpoint: Path | None = None
     samples: Callable[[int], Iterator[Sample]] | None = None
     calibration: Callable[[int], Iterator[Sample]] | None = None
+
+    def build(self) -> nn.Module:
+        """Return the untrained network, in `eval` mode."""
+        return self.network(**self.arguments).eval()
 
     @property
     def main_outputs(self) -> tuple[str, ...]:

@@ -67,8 +67,6 @@ def fp64(array: np.ndarray) -> torch.Tensor:
     [
         ("ccnet_cca", lambda: CrissCrossAttention(512)),
         ("ccnet_rcca", lambda: RCCAModule(2048, 512, 19)),
-        ("whole_ccnet", lambda: CCNet(19)),
-        ("whole_cosnet", COSNet),
     ],
 )
 def test_state_dict_is_the_official_one(listing, build):
