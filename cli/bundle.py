@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Annotated
 
@@ -11,6 +12,8 @@ from rich.table import Table
 
 from edgeattn.cli.console import CONSOLE, progress_bars
 from edgeattn.deploy.bundle import GOLDEN_COUNT, NOT_STATED, Bundle, BundleRequest, check_bundle, make_bundle
+from edgeattn.deploy.bundle.signature import PASSPHRASE_VARIABLE
+from edgeattn.deploy.device.signature import signature_of
 from edgeattn.foundation import UserError
 
 
@@ -34,22 +37,36 @@ def bundle(
     timing_cache: Annotated[Path | None, typer.Option(help="TensorRT timing cache of such a device.")] = None,
     wheel: Annotated[list[Path] | None, typer.Option(help="Wheel to carry, such as Polygraphy's; repeatable.")] = None,
     weights_licence: Annotated[str, typer.Option(help="Licence of the trained weights.")] = NOT_STATED,
+    sign: Annotated[
+        Path | None, typer.Option(help="Ed25519 private key (PEM) that signs the bundle; the signature lies beside it.")
+    ] = None,
     check: Annotated[Path | None, typer.Option(help="Make nothing; check every byte of this bundle.")] = None,
     sha256: Annotated[str | None, typer.Option(help="With --check: SHA-256 that the bundle's maker published.")] = None,
+    public_key: Annotated[
+        Path | None, typer.Option(help="With --check: Ed25519 key (PEM) that the bundle must be signed with.")
+    ] = None,
+    signature: Annotated[
+        Path | None, typer.Option(help="With --public-key: the signature; beside the bundle by default.")
+    ] = None,
 ) -> None:
     """Pack a run into one archive that builds, verifies and times itself on the device; or check such an archive.
 
-    A bundle is not signed: publish its SHA-256 where its users trust it. Exit status 2 when something cannot be used.
+    Sign it with --sign, or publish its SHA-256 where its users trust it. The passphrase of an encrypted key is taken
+    from EDGEATTN_SIGNING_PASSPHRASE. Exit status 2 when something cannot be used.
     """
     if check is not None:
-        if run is not None or output is not None:
-            raise UserError(f"--check reads {check} and makes nothing. Drop the run and --output.")
-        _print(check_bundle(check, sha256), "checked")
+        if run is not None or output is not None or sign is not None:
+            raise UserError(f"--check reads {check} and makes nothing. Drop the run, --output and --sign.")
+        _print(check_bundle(check, sha256, public_key=public_key, signature=signature), "checked")
         return
     if run is None or target is None or output is None:
         raise UserError("a bundle is made of a run for a target. Give RUN, --target and --output, or --check FILE.")
-    if sha256 is not None:
-        raise UserError("--sha256 belongs to --check. Drop it.")
+    if given := [
+        name
+        for name, value in (("--sha256", sha256), ("--public-key", public_key), ("--signature", signature))
+        if value is not None
+    ]:
+        raise UserError(f"{' and '.join(given)} belongs to --check. Drop it.")
     request = BundleRequest(
         run=run,
         target=target,
@@ -62,10 +79,14 @@ def bundle(
         timing_cache=timing_cache,
         wheels=tuple(wheel or ()),
         weights_licence=weights_licence,
+        private_key=sign,
+        passphrase=os.environ.get(PASSPHRASE_VARIABLE),
     )
     with progress_bars() as progress:
         made = make_bundle(request, progress)
     _print(made, "written")
+    if sign is not None:
+        CONSOLE.print(f"signature {signature_of(made.path)}", highlight=False, markup=False, soft_wrap=True)
 
 
 def _print(bundle: Bundle, what: str) -> None:

@@ -17,9 +17,11 @@ import jinja2
 from edgeattn.deploy.bundle.golden import checkpoint_of, golden_samples
 from edgeattn.deploy.bundle.plugin_sources import plugin_members
 from edgeattn.deploy.bundle.run_forms import BundledForm, Run, bundled_forms, read_run
+from edgeattn.deploy.bundle.signature import check_signature, read_private_key, sign_bundle
 from edgeattn.deploy.device import archive
 from edgeattn.deploy.device import manifest as manifests
 from edgeattn.deploy.device.errors import DeviceError
+from edgeattn.deploy.device.signature import signature_of
 from edgeattn.deploy.pipeline import Progress
 from edgeattn.export.run_directory import versions
 from edgeattn.foundation import UserError, atomic_path, sha256_of
@@ -49,6 +51,8 @@ class BundleRequest:
         timing_cache: TensorRT timing cache of such a device.
         wheels: wheels to carry, such as Polygraphy's.
         weights_licence: licence of the trained weights, as an SPDX expression or in words.
+        private_key: Ed25519 key in PEM form that signs the bundle; not signed when None.
+        passphrase: of an encrypted key.
     """
 
     run: Path
@@ -62,6 +66,8 @@ class BundleRequest:
     timing_cache: Path | None = None
     wheels: tuple[Path, ...] = ()
     weights_licence: str = NOT_STATED
+    private_key: Path | None = None
+    passphrase: str | None = None
 
 
 @dataclass(frozen=True)
@@ -93,6 +99,8 @@ def make_bundle(request: BundleRequest, progress: Progress | None = None) -> Bun
     """
     tell = progress or (lambda stage, done, total: None)
     _refuse_output(request.output)
+    if request.private_key is not None:
+        read_private_key(request.private_key, request.passphrase)  # an unusable key is refused before the work
     target, run = TARGETS.get(request.target), read_run(request.run)
     spec = MODELS.get(run.facts["model"])
     checkpoint = checkpoint_of(run, spec, request.checkpoint)
@@ -119,21 +127,36 @@ def make_bundle(request: BundleRequest, progress: Progress | None = None) -> Bun
         members[f"wheels/{wheel.name}"] = _read(wheel)
     content = _content(request, run, spec, target, forms, samples, plugins)
     members["README.md"] = _readme(content, request).encode()
-    return _write(request.output, content, members)
+    bundle = _write(request.output, content, members)
+    # A signature of other bytes must not stay beside them.
+    signature_of(bundle.path).unlink(missing_ok=True)
+    if request.private_key is not None:
+        sign_bundle(bundle.path, request.private_key, request.passphrase)
+    return bundle
 
 
-def check_bundle(path: Path, sha256: str | None = None) -> Bundle:
+def check_bundle(
+    path: Path, sha256: str | None = None, *, public_key: Path | None = None, signature: Path | None = None
+) -> Bundle:
     """Check every byte of a bundle; nothing is written and nothing in it is executed.
 
     Args:
         path: the archive.
         sha256: digest that its maker published.
+        public_key: of the maker; the signature is checked before the archive is looked at.
+        signature: beside the archive when None; only with a public key.
 
     Raises:
         UserError: it is not exactly what its manifest says, or another one than was published.
     """
     if not path.is_file():
         raise UserError(f"the bundle {path} does not exist. Check the path.")
+    if public_key is not None:
+        check_signature(path, public_key, signature)
+    elif signature is not None:
+        raise UserError(
+            f"the signature {signature} is given without the key that it is checked with. Add --public-key."
+        )
     digest = sha256_of(path)
     if sha256 is not None and digest != sha256.strip().lower():
         raise UserError(f"{path} has the SHA-256 {digest}, not {sha256}: it is another bundle. Copy it again.")

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 from .archive import check_folder, unpack
 from .errors import DeviceError
 from .files import sha256_of
+from .signature import require_signature
 
 if TYPE_CHECKING:
     from .system import System
@@ -36,6 +37,8 @@ def _parser() -> argparse.ArgumentParser:
     unpacking.add_argument("file", type=Path, help="the bundle")
     unpacking.add_argument("-o", "--output", type=Path, required=True, help="folder, which must not exist")
     unpacking.add_argument("--sha256", help="SHA-256 of the bundle, as its maker published it")
+    unpacking.add_argument("--public-key", type=Path, help="key in PEM form that the bundle must be signed with")
+    unpacking.add_argument("--signature", type=Path, help="signature (the bundle's name with .sig)")
     unpacking.set_defaults(command=_unpack)
     checking = commands.add_parser("check", help="check every file of the unpacked bundle")
     _common(checking, _check)
@@ -81,6 +84,10 @@ def _open(options: argparse.Namespace, system: System | None) -> Workspace:
 def _unpack(options: argparse.Namespace, system: System | None) -> int:
     if not options.file.is_file():
         raise DeviceError(f"the bundle {options.file} does not exist. Check the path.")
+    if options.public_key is not None:
+        require_signature(options.file, options.public_key, options.signature, system)
+    elif options.signature is not None:
+        raise DeviceError("a signature is checked with its maker's key. Give it with --public-key.")
     with options.file.open("rb") as stream:
         if options.sha256 is not None and sha256_of(options.file) != options.sha256.lower():
             raise DeviceError(

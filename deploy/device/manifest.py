@@ -1,8 +1,8 @@
 """`manifest.json` of a bundle: its layout, what it may say, and how it guards itself.
 
 The file is canonical: the same content always gives the same bytes, and it holds the SHA-256 of its own remainder. That
-finds damage and careless edits. It is no signature: who rewrites the digests as well is only found by comparing the
-SHA-256 of the whole bundle with the one that its maker published.
+finds damage and careless edits. It is no signature: who rewrites the digests as well is only found by the signature of
+the whole bundle (`signature.py`), or by comparing its SHA-256 with the one that its maker published.
 """
 
 from __future__ import annotations

@@ -27,6 +27,7 @@ from edgeattn.deploy.bundle import BundleRequest, check_bundle, make, make_bundl
 from edgeattn.deploy.bundle.run_forms import require_golden_fits
 from edgeattn.deploy.device import archive
 from edgeattn.deploy.device import manifest as manifests
+from edgeattn.deploy.device.__main__ import main as device_main
 from edgeattn.deploy.device.errors import DeviceError
 from edgeattn.deploy.device.golden import labels_of
 from edgeattn.deploy.pipeline import ExportRequest, ExportRun
@@ -442,6 +443,25 @@ def test_reasons_are_named(bundle: Path, tmp_path: Path) -> None:
             check_bundle(path)
     with pytest.raises(UserError, match="it is another bundle"):
         check_bundle(bundle, "0" * 64)
+
+
+def test_signed_from_the_command_line(run: Path, kernels: Path, tmp_path: Path) -> None:
+    subprocess.run(["openssl", "genpkey", "-algorithm", "ed25519", "-out", tmp_path / "maker.pem"], check=True)
+    public = ["openssl", "pkey", "-in", tmp_path / "maker.pem", "-pubout", "-out", tmp_path / "maker.pub"]
+    subprocess.run(public, check=True)
+    output = tmp_path / "ccnet.tar"
+    made = ["bundle", str(run), "--target", WITH_BODIES, "-o", str(output), "--kernels", str(kernels)]
+    shown = CliRunner().invoke(app, [*made, "--sign", str(tmp_path / "maker.pem")])
+    assert shown.exit_code == 0, shown.output
+    assert "ccnet.tar.sig" in shown.output
+    check = ["bundle", "--check", str(output), "--public-key", str(tmp_path / "maker.pub")]
+    assert CliRunner().invoke(app, check).exit_code == 0
+    folder = tmp_path / "ccnet"
+    assert device_main(["unpack", str(output), "-o", str(folder), "--public-key", str(tmp_path / "maker.pub")]) == 0
+    assert (folder / "manifest.json").is_file()
+    assert CliRunner().invoke(app, made).exit_code == 0  # made again without a key: no signature of other bytes stays
+    assert not (tmp_path / "ccnet.tar.sig").exists()
+    assert isinstance(CliRunner().invoke(app, check).exception, UserError)
 
 
 # On the device, as far as a machine without TensorRT shows it.
