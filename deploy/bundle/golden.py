@@ -55,7 +55,7 @@ def golden_samples(
         )
     height, width = run.facts["size"]
     samples = EvaluationSamples(spec, images, (height, width), count)
-    original = load_original(spec, checkpoint, run.facts["layout"])
+    original = load_original(spec, checkpoint, run.facts.get("layout"))
     names = [output.name for output in spec.outputs]
     with TorchRunner(original, spec.inputs, names) as runner:
         for index, sample in enumerate(samples):

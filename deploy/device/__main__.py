@@ -47,7 +47,7 @@ def _parser() -> argparse.ArgumentParser:
         ("build", _build, "build the plugin library and the engine, unless they are there"),
         ("verify", _verify, "compare the engine with the PyTorch original"),
         ("bench", _bench, "time the engine; power and temperature where the board has sensors"),
-        ("run", _run, "images in, masks out"),
+        ("run", _run, "images or videos in, masks out"),
     ):
         sub = commands.add_parser(name, help=text)
         _common(sub, command)
@@ -58,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
             sub.add_argument("--warm-up", type=float, default=2.0, help="seconds before (2)")
             sub.add_argument("--seconds", type=float, default=120.0, help="seconds at most (120)")
         if name == "run":
-            sub.add_argument("images", type=Path, nargs="+", help="image files or folders")
+            sub.add_argument("images", type=Path, nargs="+", help="image files, videos or folders")
             sub.add_argument("-o", "--output", type=Path, required=True, help="folder of the masks")
             sub.add_argument("--format", default="pgm", help="pgm, npy or png (with Pillow)")
     return parser

@@ -20,6 +20,7 @@ import numpy as np
 import onnx
 import pytest
 from onnx import TensorProto, helper
+from PIL import Image
 
 from edgeattn.deploy.device import archive, bench, sensors
 from edgeattn.deploy.device import manifest as manifests
@@ -28,7 +29,7 @@ from edgeattn.deploy.device.build import LIBRARY, plugin_library
 from edgeattn.deploy.device.doctor import doctor
 from edgeattn.deploy.device.errors import DeviceError
 from edgeattn.deploy.device.golden import Comparison, Golden, read_golden
-from edgeattn.deploy.device.segment import read_image
+from edgeattn.deploy.device.pictures import read_image, read_video
 from edgeattn.deploy.device.system import Finished, Gpu, System
 from edgeattn.deploy.device.workspace import Workspace
 
@@ -355,12 +356,43 @@ def test_masks(bundle: Path, tmp_path: Path) -> None:
     np.testing.assert_array_equal(np.load(tmp_path / "masks/a.npy"), expected)
     np.testing.assert_array_equal(np.load(tmp_path / "masks/b.npy"), expected[::-1])
     assert (tmp_path / "masks/a.pgm").read_bytes() == f"P5\n{WIDTH} {HEIGHT}\n255\n".encode() + expected.tobytes()
-    from PIL import Image
-
     np.testing.assert_array_equal(np.asarray(Image.open(tmp_path / "masks/a.png")), expected)
     larger = Image.fromarray(pixels).resize((2 * WIDTH, 2 * HEIGHT))
     larger.save(images / "c.png")
     assert read_image(images / "c.png", (HEIGHT, WIDTH)).shape == (HEIGHT, WIDTH, 3)
+
+
+@pytest.mark.skipif(shutil.which("ffmpeg") is None, reason="ffmpeg is not installed")
+def test_masks_of_a_video(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = np.random.default_rng(4).integers(0, 256, (5, 2 * HEIGHT, 2 * WIDTH, 3), np.uint8)
+    lossless = ("-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{2 * WIDTH}x{2 * HEIGHT}", "-i", "-", "-c:v", "ffv1")
+    video = tmp_path / "clip.mkv"
+    encode = ["ffmpeg", "-v", "error", *lossless, "-pix_fmt", "bgr0", str(video)]
+    subprocess.run(encode, input=frames.tobytes(), check=True)
+    np.testing.assert_array_equal(np.stack(list(read_video(video))), frames)
+    chosen = (*ORT, "--precision", "fp32")
+    assert device(bundle, "build", *chosen) == 0
+    assert device(bundle, "run", *chosen, "-o", str(tmp_path / "masks"), "--format", "npy", str(video)) == 0
+    assert record_of(bundle, "run.fp32")["masks"] == [f"clip_{number:06}.npy" for number in range(1, 6)]
+    small = np.asarray(Image.fromarray(frames[4]).resize((WIDTH, HEIGHT), Image.Resampling.BILINEAR))
+    np.testing.assert_array_equal(np.load(tmp_path / "masks/clip_000005.npy"), small.argmax(2))
+    video.write_bytes(b"no video")
+    assert device(bundle, "run", *chosen, "-o", str(tmp_path / "masks"), str(video)) == 2
+    assert "ffmpeg cannot read" in capsys.readouterr().err
+
+
+def test_a_video_that_breaks_off(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    program = tmp_path / "ffmpeg"
+    program.write_text("#!/bin/sh\nprintf 'P6\\n1 1\\n255\\nabcP6\\n1 1\\n255\\nd'; echo cut off >&2; exit 1\n")
+    program.chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    frames = read_video(tmp_path / "clip.mp4")
+    np.testing.assert_array_equal(next(frames), [[list(b"abc")]])
+    with pytest.raises(DeviceError, match="cut off"):
+        next(frames)
+    monkeypatch.setenv("PATH", "")
+    with pytest.raises(DeviceError, match="apt install ffmpeg"):
+        next(read_video(tmp_path / "clip.mp4"))
 
 
 def test_bad_arguments(bundle: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
