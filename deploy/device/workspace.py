@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,8 +10,13 @@ from typing import Any
 
 from .archive import check_folder
 from .files import LEFTOVER, write_json
-from .manifest import WORK, Manifest
+from .manifest import WORK, Manifest, canonical
 from .system import System
+
+
+def provenance_digest(provenance: Mapping[str, Any]) -> str:
+    """Return the SHA-256 of a run's manifest, which tells to which run on the host a result belongs."""
+    return hashlib.sha256(canonical(provenance)).hexdigest()
 
 
 @dataclass(frozen=True)
@@ -53,6 +59,7 @@ class Workspace:
         about = {
             "command": command,
             "bundle": self.manifest.digest,
+            "run": provenance_digest(content["provenance"]),
             "model": content["model"]["name"],
             "target": content["target"]["name"],
             **({} if precision is None else {"precision": precision}),
