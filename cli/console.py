@@ -7,15 +7,17 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from edgeattn.deploy.pipeline import Progress as ProgressCallback
 from edgeattn.foundation import UserError
+
+if TYPE_CHECKING:
+    from edgeattn.deploy.pipeline import Progress as ProgressCallback
 
 CONSOLE = Console()
 ERRORS = Console(stderr=True)
@@ -56,9 +58,9 @@ def progress_bars(prefix: str = "") -> Iterator[ProgressCallback]:
 def parity_table(name: str, record: Mapping[str, Any]) -> Table:
     """Return the verdicts of a comparison, the content of a `parity.json`, as a table with a row per form."""
     table = Table(title=f"{name}: parity with PyTorch (CPU)", title_justify="left")
-    for column in ("form", "relative L2", "max abs", "labels", "mIoU", "change", "verdict"):
+    for column in ("form", "relative L2", "max abs", "labels", record["original"]["metric"], "change", "verdict"):
         table.add_column(column, justify="left" if column in ("form", "verdict") else "right", no_wrap=True)
-    table.add_row("PyTorch", "", "", "", _number(record["original"]["mean_iou"], ".4f"), "", "", style="dim")
+    table.add_row("PyTorch", "", "", "", _number(record["original"]["value"], ".4f"), "", "", style="dim")
     for entry in record["forms"]:
         errors = entry["outputs"].values()
         drop = entry["task_drop"]
@@ -67,7 +69,7 @@ def parity_table(name: str, record: Mapping[str, Any]) -> Table:
             _number(max((error["worst_relative_l2"] for error in errors), key=_size, default=None), ".1e"),
             _number(max((error["max_abs"] for error in errors), key=_size, default=None), ".1e"),
             _number(entry["label_agreement"], ".3%"),
-            _number(entry["score"]["mean_iou"], ".4f"),
+            _number(entry["score"]["value"], ".4f"),
             _number(None if drop is None else 0.0 - 100 * drop, "+.2f"),
             "[green]PASS[/]" if entry["verdict"] == "PASS" else "[bold red]FAIL[/]",
         )

@@ -6,28 +6,37 @@ import sys
 
 import typer
 
-from edgeattn.cli import bisect, build, bundle, check, compare, demo, export, inspect, listing, plugins, rewrite
 from edgeattn.cli.console import ERRORS
+from edgeattn.cli.lazy import lazy_group
 from edgeattn.foundation import UserError
+
+COMMANDS = {
+    "list": "edgeattn.cli.listing:list_declarations",
+    "inspect": "edgeattn.cli.inspect:inspect",
+    "export": "edgeattn.cli.export:export",
+    "compare": "edgeattn.cli.compare:compare",
+    "bisect": "edgeattn.cli.bisect:bisect",
+    "rewrite": "edgeattn.cli.rewrite:rewrite",
+    "check": "edgeattn.cli.check:check",
+    "build": "edgeattn.cli.build:build",
+    "bundle": "edgeattn.cli.bundle:bundle",
+    "plugins": "edgeattn.cli.plugins:app",
+    "demo": "edgeattn.cli.demo:demo",
+}
+"""Where each command is declared, in the order of the help."""
 
 app = typer.Typer(
     name="edgeattn",
-    help="Trained attention models from PyTorch to TensorRT, with proof that nothing changed on the way.",
+    cls=lazy_group(COMMANDS),
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-app.command("list")(listing.list_declarations)
-app.command("inspect")(inspect.inspect)
-app.command("export")(export.export)
-app.command("compare")(compare.compare)
-app.command("bisect")(bisect.bisect)
-app.command("rewrite")(rewrite.rewrite)
-app.command("check")(check.check)
-app.command("build")(build.build)
-app.command("bundle")(bundle.bundle)
-app.add_typer(plugins.app, name="plugins")
-app.command("demo")(demo.demo)
+
+
+@app.callback()
+def edgeattn() -> None:
+    """Trained attention models from PyTorch to TensorRT, with proof that nothing changed on the way."""
 
 
 def main() -> None:
