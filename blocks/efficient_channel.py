@@ -5,6 +5,8 @@ Paper: Wang et al., "ECA-Net: Efficient Channel Attention for Deep Convolutional
 https://github.com/huggingface/pytorch-image-models, `timm/layers/eca.py`.
 
     z_c = mean_hw x_c    y_c = x_c sigmoid(sum_j w_j z_(c + j - (k - 1) / 2)),   z = 0 outside the channels
+
+timm's `CecaModule` closes the channels to a ring instead: z_c = z_(c + C).
 """
 
 from __future__ import annotations
@@ -42,14 +44,20 @@ class SharedKernel(nn.Conv1d):
 
     Args:
         size: size of the kernel.
+        circular: whether the first channel follows the last; otherwise, beyond both ends are zeros.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, *, circular: bool = False) -> None:
         super().__init__(1, 1, size, bias=False)
+        self.circular = circular
 
     def forward(self, input: torch.Tensor) -> torch.Tensor:
-        """Map (batch, 1, 1, channels) to the same shape; beyond both ends are zeros."""
-        return F.conv2d(input, self.weight[:, :, None], padding=(0, self.weight.shape[2] // 2))
+        """Map (batch, 1, 1, channels) to the same shape."""
+        weight, reach = self.weight[:, :, None], self.weight.shape[2] // 2
+        if not self.circular or reach == 0:
+            return F.conv2d(input, weight, padding=(0, reach))
+        ring = torch.cat([input[..., -reach:], input, input[..., :reach]], dim=3)
+        return F.conv2d(ring, weight)
 
 
 class PrivateKernels(nn.Conv1d):
@@ -84,12 +92,14 @@ class EfficientChannelAttention(nn.Module):
         channel: channels of input and output.
         k_size: how many neighbouring channels decide a gate, the channel itself among them.
         private: whether every channel has a kernel of its own (`eca_ns`).
+        circular: whether the first channel is a neighbour of the last (timm's `CecaModule`).
 
     Raises:
-        ValueError: fewer than 1 channel, or a k_size that is even or below 1.
+        ValueError: fewer than 1 channel, a k_size that is even or below 1, or a ring that its kernel reaches around;
+            private kernels on a ring, which no code has.
     """
 
-    def __init__(self, channel: int, k_size: int = 3, *, private: bool = False) -> None:
+    def __init__(self, channel: int, k_size: int = 3, *, private: bool = False, circular: bool = False) -> None:
         super().__init__()
         if channel < 1:
             raise ValueError(f"an ECA layer has channel={channel}. Give at least 1.")
@@ -98,7 +108,11 @@ class EfficientChannelAttention(nn.Module):
                 f"an ECA layer has k_size={k_size}, but its kernel is centred on a channel. Give an odd number; "
                 "`kernel_size_of` reads it from a checkpoint's conv.weight."
             )
-        self.conv = PrivateKernels(channel, k_size) if private else SharedKernel(k_size)
+        if circular and private:
+            raise ValueError("an ECA layer has private kernels or a ring of channels, not both. Drop one of the two.")
+        if circular and k_size // 2 > channel:
+            raise ValueError(f"a ring of channel={channel} is shorter than half of k_size={k_size}. Check both.")
+        self.conv = PrivateKernels(channel, k_size) if private else SharedKernel(k_size, circular=circular)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Scale the channels of (batch, channel, height, width)."""
@@ -131,6 +145,11 @@ BLOCKS.add(
                 "private",
                 {"channel": 7, "k_size": 3, "private": True},
                 references={"eca_ns": {"channel": 8, "k_size": 5, "private": True}},
+            ),
+            Variant(
+                "timm-circular",
+                {"channel": 7, "k_size": 5, "circular": True},
+                references={"eca_circular": {"channel": 8, "k_size": 5, "circular": True}},
             ),
         ),
         largest=lambda arguments, sizes: sizes["batch"] * arguments["channel"] * sizes["height"] * sizes["width"],

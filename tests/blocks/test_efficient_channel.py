@@ -53,3 +53,7 @@ def test_bad_arguments_are_refused() -> None:
         EfficientChannelAttention(8, -1)
     with pytest.raises(ValueError, match="channel=0"):
         EfficientChannelAttention(0)
+    with pytest.raises(ValueError, match="not both"):
+        EfficientChannelAttention(8, private=True, circular=True)
+    with pytest.raises(ValueError, match="shorter than half of k_size=7"):
+        EfficientChannelAttention(2, 7, circular=True)

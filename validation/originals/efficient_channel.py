@@ -18,15 +18,17 @@ class EfficientChannelAttention(nn.Module):
         channel: channels C.
         k_size: odd size k of the kernel.
         private: one kernel per channel.
+        circular: pad with the channels of the other end (timm's `CecaModule`) instead of zeros.
     """
 
-    def __init__(self, channel: int, k_size: int = 3, *, private: bool = False) -> None:
+    def __init__(self, channel: int, k_size: int = 3, *, private: bool = False, circular: bool = False) -> None:
         super().__init__()
         self.squeeze = nn.AdaptiveAvgPool2d(1)
         if private:
             self.conv = nn.Conv1d(channel, channel, k_size, groups=channel, bias=False)
         else:
-            self.conv = nn.Conv1d(1, 1, k_size, padding=k_size // 2, bias=False)
+            self.conv = nn.Conv1d(1, 1, k_size, padding=0 if circular else k_size // 2, bias=False)
+        self.circular = circular
         self.private = private
         self.k_size = k_size
 
@@ -38,5 +40,8 @@ class EfficientChannelAttention(nn.Module):
             windows = F.unfold(row, (1, self.k_size), padding=(0, self.k_size // 2))  # (B, k, C)
             logits = self.conv(windows.permute(0, 2, 1)).unsqueeze(3)
         else:
-            logits = self.conv(vector.squeeze(3).permute(0, 2, 1)).permute(0, 2, 1).unsqueeze(3)
+            row = vector.squeeze(3).permute(0, 2, 1)
+            if self.circular:
+                row = F.pad(row, (self.k_size // 2, self.k_size // 2), mode="circular")
+            logits = self.conv(row).permute(0, 2, 1).unsqueeze(3)
         return x * torch.sigmoid(logits).expand_as(x)
