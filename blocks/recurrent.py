@@ -9,6 +9,11 @@ Code: https://github.com/pytorch/pytorch, `torch/nn/modules/rnn.py`.
     GRU     r, z = sigmoid(W x + b + R h),  n = tanh(W x + b + r (R h + b')),  h' = (1 - z) n + z h
     RNN     h' = tanh(W x + b + R h)
 
+An LSTM with a projection P has h' = P o tanh(c'), and R then sees the smaller h. ONNX's node knows no projection, but
+R P o tanh(c) is the product of R P with what the node calls h: the node gets R P as its recurrence, and P stands behind
+it. An initial h, which need not be P times anything, enters as further input features of the first step, with R as
+their weight. Both are exact; the node's own product grows from R and P to R P, which `unrolled=True` avoids.
+
 A sequence becomes one ONNX LSTM, GRU or RNN node per layer, for both directions. torch's exporter traces these modules
 through a loop over the example's steps and so refuses a dynamic length; here the node is written directly, within
 TensorRT's limits: layout 0, no coupled input and forget gates, and a GRU's reset gate behind the recurrent product.
@@ -161,6 +166,7 @@ class Direction(nn.Module):
         recurrence: R (gates * hidden, hidden).
         biases: of the products with W and with R, each (gates * hidden,); or nothing.
         backwards: begin at the last input.
+        projection: P (features, hidden) of an LSTM that has one; R is (gates * hidden, features) then.
     """
 
     def __init__(
@@ -170,6 +176,7 @@ class Direction(nn.Module):
         recurrence: torch.Tensor,
         biases: Sequence[torch.Tensor],
         backwards: bool,
+        projection: torch.Tensor | None = None,
     ) -> None:
         super().__init__()
         self.unit = unit
@@ -183,6 +190,8 @@ class Direction(nn.Module):
         self.register_buffer("recurrence", recurrence.transpose(0, 1).contiguous())
         self.register_buffer("input_bias", on_input)
         self.register_buffer("state_bias", on_state)
+        self.projection: torch.Tensor | None
+        self.register_buffer("projection", None if projection is None else projection.transpose(0, 1).contiguous())
 
     def forward(self, x: torch.Tensor, initial: State, time: int) -> tuple[torch.Tensor, State]:
         """Run over a sequence.
@@ -202,6 +211,8 @@ class Direction(nn.Module):
         steps = range(x.shape[time])
         for step in reversed(steps) if self.backwards else steps:
             state = self.unit(from_inputs.select(time, step), self.recurrence, self.state_bias, state)
+            if self.projection is not None:
+                state = (torch.matmul(state[0], self.projection), *state[1:])
             outputs.append(state[0])
         return torch.stack(outputs[::-1] if self.backwards else outputs, dim=time), state
 
@@ -221,6 +232,22 @@ class Layer(nn.Module):
         self.unrolled = unrolled
         for name, value in zip(("weight", "recurrence", "bias"), node, strict=False):
             self.register_buffer(name, value)
+        self.projection: torch.Tensor | None
+        self.register_buffer("projection", None)
+        self.initial_weight: torch.Tensor | None
+        self.register_buffer("initial_weight", None)
+        if directions[0].projection is not None:
+            self._project(node[1])
+
+    def _project(self, recurrences: torch.Tensor) -> None:
+        """Give the node the products R P, and keep P, and R as the weight of the initial states."""
+        self.projection = torch.stack([direction.projection for direction in self.directions])  # type: ignore[misc]
+        rows, features = recurrences.shape[1:]
+        weight = torch.zeros(len(recurrences), rows, len(recurrences), features, dtype=recurrences.dtype)
+        for index, recurrence in enumerate(recurrences):
+            weight[index, :, index] = recurrence
+        self.initial_weight = weight.flatten(2)
+        self.recurrence = recurrences @ self.projection.transpose(1, 2)
 
     def forward(self, x: torch.Tensor, initial: State, time: int) -> tuple[torch.Tensor, State]:
         """Run over a sequence.
@@ -235,11 +262,11 @@ class Layer(nn.Module):
         """
         if not self.unrolled and torch.onnx.is_in_onnx_export():
             return self._node(x, initial, time)
-        hidden = self.get_buffer("recurrence").shape[2]
         unit: Unit = self.get_submodule("directions.0").unit  # type: ignore[assignment]
         if not initial:
-            zeros = torch.zeros(len(self.directions), x.shape[1 - time], hidden, dtype=x.dtype, device=x.device)
-            initial = (zeros,) * unit.states
+            zeros = self._zeros(x, x.shape[1 - time])
+            first = zeros if self.projection is None else zeros[..., : self.projection.shape[2]]
+            initial = (first, zeros)[: unit.states]
         ran = [
             direction(x, tuple(entry[index] for entry in initial), time)
             for index, direction in enumerate(self.directions)
@@ -254,6 +281,9 @@ class Layer(nn.Module):
         length, batch = x.shape[:2]
         weight, recurrence = self.get_buffer("weight"), self.get_buffer("recurrence")
         directions, _, hidden = recurrence.shape
+        if self.projection is not None and initial:
+            x, weight = self._with_initial(x, initial[0], weight)
+            initial = (self._zeros(x, batch), *initial[1:])
         inputs = [x, weight, recurrence, self._buffers.get("bias"), None, *initial]
         while inputs[-1] is None:
             inputs.pop()
@@ -266,10 +296,28 @@ class Layer(nn.Module):
         outputs, *last = torch.onnx.ops.symbolic_multi_out(
             f"::{unit.op_type}", inputs, attributes, dtypes=[x.dtype] * len(shapes), shapes=shapes
         )
+        if self.projection is not None:
+            outputs, last[0] = torch.matmul(outputs, self.projection), torch.matmul(last[0], self.projection)
         if directions == 1:
             outputs = outputs.squeeze(1)
             return outputs.transpose(0, 1) if time else outputs, tuple(last)
         return outputs.permute((2, 0, 1, 3) if time else (0, 2, 1, 3)).flatten(2), tuple(last)
+
+    def _zeros(self, x: torch.Tensor, batch: int) -> torch.Tensor:
+        """Return states (directions, batch, hidden) to begin with."""
+        hidden = self.get_buffer("recurrence").shape[2]
+        return torch.zeros(len(self.directions), batch, hidden, dtype=x.dtype, device=x.device)
+
+    def _with_initial(
+        self, x: torch.Tensor, initial: torch.Tensor, weight: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append the initial h to the inputs of each direction's first step, and its weight to the inputs' weights."""
+        assert self.initial_weight is not None
+        steps = torch.arange(x.shape[0], device=x.device)[:, None, None]
+        nothing = torch.zeros((), dtype=x.dtype, device=x.device)
+        firsts = (0, x.shape[0] - 1)
+        further = [torch.where(steps == first, state, nothing) for first, state in zip(firsts, initial, strict=False)]
+        return torch.cat([x, *further], dim=2), torch.cat([weight, self.initial_weight], dim=2)
 
 
 class Sequences(nn.Module):
@@ -327,9 +375,10 @@ class Recurrent(nn.Module):
         batch_first: inputs and outputs are (batch, length, features) instead of (length, batch, features).
         bidirectional: every layer runs in both directions.
         unrolled: write every step of a fixed length into the graph, instead of one node per layer.
+        proj_size: features that an LSTM's h is projected to, with `weight_hr_l{k}` (proj_size, hidden); 0 for none.
 
     Raises:
-        ValueError: a size or number of layers below 1.
+        ValueError: a size or number of layers below 1; a projection of another unit, or to no fewer features.
     """
 
     unit: ClassVar[type[Unit]]
@@ -343,11 +392,16 @@ class Recurrent(nn.Module):
         batch_first: bool = False,
         bidirectional: bool = False,
         unrolled: bool = False,
+        proj_size: int = 0,
     ) -> None:
         super().__init__()
         for name, value in (("input_size", input_size), ("hidden_size", hidden_size), ("num_layers", num_layers)):
             if value < 1:
                 raise ValueError(f"{name}={value}: {type(self).__name__} needs at least 1")
+        if proj_size and self.unit is not LSTMUnit:
+            raise ValueError(f"proj_size={proj_size}: only an LSTM has a projection, {type(self).__name__} has none")
+        if not 0 <= proj_size < hidden_size:
+            raise ValueError(f"proj_size={proj_size}: an LSTM is projected to 1 to {hidden_size - 1} features, or 0")
         self.input_size = input_size
         self.hidden_size = hidden_size
         self.num_layers = num_layers
@@ -355,13 +409,17 @@ class Recurrent(nn.Module):
         self.unrolled = unrolled
         self.suffixes = ("", "_reverse") if bidirectional else ("",)
         self.kinds = ("weight_ih", "weight_hh", "bias_ih", "bias_hh")[: 4 if bias else 2]
+        self.projected = proj_size > 0
+        features = proj_size or hidden_size
         rows = len(self.unit.order) * hidden_size
         bound = hidden_size**-0.5
         for layer in range(num_layers):
-            inputs = hidden_size * len(self.suffixes) if layer else input_size
-            shapes = ((rows, inputs), (rows, hidden_size), (rows,), (rows,))
+            inputs = features * len(self.suffixes) if layer else input_size
+            shapes = dict(zip(self.kinds, ((rows, inputs), (rows, features), (rows,), (rows,)), strict=False))
+            if self.projected:
+                shapes["weight_hr"] = (proj_size, hidden_size)
             for suffix in self.suffixes:
-                for kind, shape in zip(self.kinds, shapes, strict=False):
+                for kind, shape in shapes.items():
                     parameter = nn.Parameter(torch.empty(shape).uniform_(-bound, bound))
                     self.register_parameter(f"{kind}_l{layer}{suffix}", parameter)
 
@@ -370,11 +428,11 @@ class Recurrent(nn.Module):
 
         Args:
             x: (length, batch, input_size), or with `batch_first` (batch, length, input_size).
-            initial: for an LSTM h and c, otherwise h, each (num_layers * directions, batch, hidden_size); zeros when
-                left out.
+            initial: for an LSTM h and c, otherwise h, each (num_layers * directions, batch, hidden_size), h with
+                proj_size features where there is a projection; zeros when left out.
 
         Returns:
-            The last layer's outputs, shaped as x with directions * hidden_size features, and the last states, shaped
+            The last layer's outputs, shaped as x with the features of h for each direction, and the last states, shaped
             as the initial ones.
 
         Raises:
@@ -398,13 +456,14 @@ class Recurrent(nn.Module):
                 _reordered(self.get_parameter(f"{kind}_l{index}{suffix}"), self.unit.order) for kind in self.kinds
             ]
             weight, recurrence, *biases = tensors
-            directions.append(Direction(self.unit(), weight, recurrence, biases, bool(suffix)))
+            projection = self.get_parameter(f"weight_hr_l{index}{suffix}") if self.projected else None
+            directions.append(Direction(self.unit(), weight, recurrence, biases, bool(suffix), projection))
             stacks.append((weight, recurrence, torch.cat(biases)) if biases else (weight, recurrence))
         return Layer(directions, [torch.stack(tensors) for tensors in zip(*stacks, strict=True)], self.unrolled)
 
 
 class LSTM(Recurrent):
-    """Long short-term memory over sequences; takes the state of torch.nn.LSTM without projection (proj_size=0).
+    """Long short-term memory over sequences; takes the state of torch.nn.LSTM, with or without projection.
 
     See `Recurrent` for state names, arguments and errors.
     """
@@ -600,7 +659,8 @@ def _largest(arguments: Arguments, sizes: Sizes) -> int:
     directions = 2 if arguments.get("bidirectional") else 1
     per_step = 4 if arguments.get("unrolled") else directions
     rows: int = arguments["hidden_size"]
-    return sizes["batch"] * sizes["length"] * max(per_step * rows, int(arguments["input_size"]))
+    projected = int(arguments.get("proj_size", 0))
+    return sizes["batch"] * sizes["length"] * max(per_step * rows, int(arguments["input_size"]) + projected)
 
 
 def _largest_step(arguments: Arguments, sizes: Sizes) -> int:
@@ -622,6 +682,19 @@ _OPENNMT = Published(
     "one layer of OpenNMT's encoder, sentences of 50 words",
     {"input_size": 500, "hidden_size": 250, "batch_first": True, "bidirectional": True},
     {"batch": 1, "length": 50},
+)
+
+_PROJECTED = (
+    Variant("projected", {**_BOTH_WAYS, "proj_size": 4}),
+    Variant(
+        "projected-with-state",
+        {**_SMALL, "proj_size": 4},
+        inputs=(
+            _STEPS_FIRST,
+            TensorInput("h", (1, "batch", "proj_size")),
+            TensorInput("c", (1, "batch", "hidden_size")),
+        ),
+    ),
 )
 
 for _build, _title, _paper, _year, _states, _published, _precision in (
@@ -671,6 +744,7 @@ for _build, _title, _paper, _year, _states, _published, _precision in (
                     inputs=(_STEPS_FIRST, *(TensorInput(name, (1, "batch", "hidden_size")) for name in _states)),
                 ),
                 Variant("unrolled", {**_BOTH_WAYS, "unrolled": True}, fixed=_FIXED, sizes=_FIXED_SIZES),
+                *(_PROJECTED if _build is LSTM else ()),
             ),
             largest=_largest,
             precision=_precision,

@@ -173,3 +173,18 @@ def test_empty_blocks_are_refused(name: str) -> None:
 def test_empty_cells_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name}=0: LSTMCell"):
         LSTMCell(**({"input_size": 3, "hidden_size": 3} | {name: 0}))
+
+
+@pytest.mark.parametrize(
+    ("unit", "size", "message"), [(GRU, 2, "only an LSTM"), (LSTM, 3, "1 to 2"), (LSTM, -1, "1 to 2")]
+)
+def test_impossible_projections_are_refused(unit: type[GRU | LSTM], size: int, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        unit(3, 3, proj_size=size)
+
+
+def test_a_projected_node_has_the_product_as_its_recurrence() -> None:
+    model = to_onnx(LSTM(5, 6, proj_size=4), (torch.randn(3, 2, 5),), input_names=["x"], output_names=["y", "h", "c"])
+    node = next(node for node in model.graph.node if node.op_type == "LSTM")
+    recurrence = next(tensor for tensor in model.graph.initializer if tensor.name == node.input[2])
+    assert list(recurrence.dims) == [1, 24, 6]
