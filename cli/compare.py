@@ -10,12 +10,17 @@ import typer
 from edgeattn.cli.console import conclude, progress_bars
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.files import compare_files
+from edgeattn.export.accumulation import ACCUMULATION_BLOCK
+from edgeattn.validation.tolerance import UserLimits
 
 
 def compare(
     checkpoint: Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")],
     onnx_files: Annotated[list[Path], typer.Argument(help="ONNX forms of the model.")],
     model: Annotated[str, typer.Option(help="Model declaration; see `edgeattn list models`.")],
+    layout: Annotated[
+        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
+    ] = None,
     images: Annotated[
         Path | None, typer.Option(help="Images that parity is judged on; held-out samples by default.")
     ] = None,
@@ -23,6 +28,21 @@ def compare(
     output: Annotated[Path | None, typer.Option("--output", "-o", help="Folder for parity.json and report.")] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for judging; large networks gain from more.")] = 1,
     plugin: Annotated[list[Path] | None, typer.Option(help="Plugin library that engines need; repeatable.")] = None,
+    fp16_accumulation: Annotated[
+        bool,
+        typer.Option(
+            "--fp16-accumulation",
+            help=f"FP16 sums round their running total after every {ACCUMULATION_BLOCK} terms, as tensor cores may.",
+        ),
+    ] = False,
+    atol: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest absolute difference, NAME:NUMBER or NUMBER, in place of the derived limit."),
+    ] = None,
+    rtol: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest relative L2 of an image, NAME:NUMBER or NUMBER, in place of the derived limit."),
+    ] = None,
 ) -> None:
     """Judge ONNX files, and engines built from them here, against the PyTorch original with the same weights.
 
@@ -38,6 +58,9 @@ def compare(
             output=output,
             threads=threads,
             plugins=tuple(plugin or ()),
+            layout=layout,
+            accumulation=ACCUMULATION_BLOCK if fp16_accumulation else None,
+            limits=UserLimits.parse(rtol or (), atol or ()),
             progress=progress,
         )
     conclude({model: record}, {model: output} if output else {})

@@ -12,7 +12,9 @@ from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import PLUGIN_HOSTS, ExportRequest, ExportRun
 from edgeattn.export.calibration_methods import DEFAULT_METHOD, METHODS
 from edgeattn.foundation import UserError
+from edgeattn.models.deployable import POSTPROCESSES
 from edgeattn.models.inspection import guess_model
+from edgeattn.validation.tolerance import UserLimits
 
 
 def export(
@@ -21,12 +23,21 @@ def export(
     model: Annotated[
         str | None, typer.Option(help="Model declaration; see `edgeattn list models`. Guessed from a file's tensors.")
     ] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
+    ] = None,
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the input; the model's own by default.")] = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Batch, height and width may vary.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Also write FP16 forms.")] = False,
+    bf16: Annotated[bool, typer.Option("--bf16", help="Also write BF16 forms.")] = False,
+    fp16_exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Module path, operator type or node that stays FP32 beside FP16 or BF16; repeatable."),
+    ] = None,
     int8: Annotated[bool, typer.Option("--int8", help="Also write INT8 forms (INT8 layers, FP16 rest).")] = False,
     calibration: Annotated[
-        Path | None, typer.Option(help="Images or .npz that INT8 is calibrated on; bundled training images by default.")
+        Path | None,
+        typer.Option(help="Images or .npz for INT8 and for ranges; bundled training images by default."),
     ] = None,
     calibration_method: Annotated[
         str, typer.Option(help=f"How INT8 ranges are chosen: {', '.join(method.name for method in METHODS)}.")
@@ -34,9 +45,22 @@ def export(
     calibration_cache: Annotated[
         Path | None, typer.Option(help="Folder where runs share calibration results, by data and graph.")
     ] = None,
+    int8_exclude: Annotated[
+        list[str] | None,
+        typer.Option(help="Module path, operator type or node that stays in floating point; repeatable."),
+    ] = None,
     int8_attention: Annotated[
         bool, typer.Option("--int8-attention", help="Attention products in INT8 too; needs --int8.")
     ] = False,
+    with_preprocess: Annotated[
+        bool,
+        typer.Option(
+            "--with-preprocess", help="The graph takes RGB uint8 images (batch, H, W, 3) and normalises them."
+        ),
+    ] = False,
+    with_postprocess: Annotated[
+        str | None, typer.Option(help=f"The graph gives {' or '.join(POSTPROCESSES)} at the input's size.")
+    ] = None,
     plugins: Annotated[bool, typer.Option("--plugins", help="Also write forms with plugin nodes.")] = False,
     plugin_host: Annotated[
         str, typer.Option(help=f"{' or '.join(PLUGIN_HOSTS)}; python, for TensorRT 10.15+, adds a node per launch.")
@@ -51,6 +75,14 @@ def export(
         list[str] | None, typer.Option(help="Further HEIGHTxWIDTH at which dynamic forms are judged; repeatable.")
     ] = None,
     threads: Annotated[int, typer.Option(min=1, help="Threads for judging; large networks gain from more.")] = 1,
+    atol: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest absolute difference, NAME:NUMBER or NUMBER, in place of the derived limit."),
+    ] = None,
+    rtol: Annotated[
+        list[str] | None,
+        typer.Option(help="Largest relative L2 of an image, NAME:NUMBER or NUMBER, in place of the derived limit."),
+    ] = None,
 ) -> None:
     """Export a trained checkpoint, judge every ONNX form against the PyTorch original, and write the evidence.
 
@@ -61,18 +93,27 @@ def export(
             raise UserError(f"'{BUNDLED}' is the weights of many models. Choose one with --model.")
         guess = guess_model(checkpoint)
         model = guess.model
-        CONSOLE.print(f"model: {model}, certain: all {guess.expected} tensors fit, and no other is in the file")
+        CONSOLE.print(
+            f"model: {model}, certain: all {guess.expected} tensors of its layout {guess.layout} fit, and no other is "
+            "in the file"
+        )
     request = ExportRequest(
         model=model,
         checkpoint=checkpoint,
+        layout=layout,
         size=parse_size(size) if size else None,
         dynamic=dynamic,
         fp16=fp16,
+        bf16=bf16,
+        fp16_exclude=tuple(fp16_exclude or ()),
         int8=int8,
+        int8_exclude=tuple(int8_exclude or ()),
         calibration=calibration,
         calibration_method=calibration_method,
         calibration_cache=calibration_cache,
         int8_attention=int8_attention,
+        preprocess=with_preprocess,
+        postprocess=with_postprocess,
         plugins=plugins,
         plugin_host=plugin_host,
         target=target,
@@ -81,9 +122,11 @@ def export(
         sample_count=samples,
         extra_sizes=tuple(parse_size(text) for text in extra_size or ()),
         threads=threads,
+        limits=UserLimits.parse(rtol or (), atol or ()),
     )
     with progress_bars() as progress:
         run = ExportRun(request, output, progress)
+        CONSOLE.print(f"weights: layout {run.loaded.layout}, {run.loaded.report.summary()}")
         record = run.run()
     if run.directory.skipped:
         CONSOLE.print(f"unchanged, not repeated: {', '.join(run.directory.skipped)}", style="dim")

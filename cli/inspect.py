@@ -11,6 +11,9 @@ from rich.table import Table
 from edgeattn.cli.console import CONSOLE
 from edgeattn.models.inspection import Inspection, inspect_checkpoint
 
+_LISTED = 5
+"""Networks that the table shows, unless more fit with certainty."""
+
 
 def inspect(
     checkpoint: Annotated[Path, typer.Argument(help="Trained weights (.safetensors, .pth).")],
@@ -40,10 +43,13 @@ def _facts(found: Inspection) -> Table:
 
 
 def _guesses(found: Inspection) -> Table:
-    table = Table("network", "sure", "its tensors found", "others")
-    for guess in found.guesses:
+    shown = max(_LISTED, len(found.certain))
+    table = Table("network", "layout", "sure", "its tensors found", "others")
+    for guess in found.guesses[:shown]:
         sure = "certain" if guess.certainty == 1 else f"{guess.certainty:.1%}"
-        table.add_row(guess.model, sure, f"{guess.matched} of {guess.expected}", str(guess.unexpected))
+        table.add_row(guess.model, guess.layout, sure, f"{guess.matched} of {guess.expected}", str(guess.unexpected))
+    if (rest := len(found.guesses) - shown) > 0:
+        table.caption = f"{rest} further networks share fewer tensors with it"
     return table
 
 

@@ -40,10 +40,12 @@ def _blocks() -> Table:
 
 
 def _models() -> Table:
-    table = Table(_name("model"), "what it is", "size", "weights")
+    table = _compact(_name("model"), "what it is")
     for model in MODELS:
-        weights = "bundled" if model.checkpoint else "yours"
-        table.add_row(model.name, model.summary, f"{model.size[0]}x{model.size[1]}", weights)
+        size = f"{model.size[0]}x{model.size[1]}{' only' if model.fixed_size else ''}"
+        layouts = ", ".join(layout.name for layout in model.layouts)
+        weights = "weights bundled" if model.checkpoint else f"weights: {layouts}"
+        table.add_row(model.name, f"{model.summary}\n[dim]{model.task}, {size}, {weights}[/]")
     return table
 
 

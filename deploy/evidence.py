@@ -6,12 +6,15 @@ import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
+import numpy as np
 from torch import nn
 
 from edgeattn.export.calibration import image_files, read_image
 from edgeattn.foundation import UserError
 from edgeattn.models import ModelSpec, Sample
-from edgeattn.models.checkpoint import load_checkpoint, read_checkpoint
+from edgeattn.models.checkpoint import read_checkpoint
+from edgeattn.models.published import load_published
+from edgeattn.models.spec import TOP_1
 from edgeattn.validation.parity import Parity, write_parity
 from edgeattn.validation.report import write_report
 
@@ -32,11 +35,20 @@ def checkpoint_path(spec: ModelSpec, checkpoint: str) -> Path:
     return spec.checkpoint
 
 
-def load_original(spec: ModelSpec, path: Path) -> nn.Module:
-    """Return the independent PyTorch original of a model with trained weights, in evaluation mode."""
+def load_original(spec: ModelSpec, path: Path, layout: str | None = None) -> nn.Module:
+    """Return the independent PyTorch original of a model with trained weights, in evaluation mode.
+
+    Args:
+        spec: the model.
+        path: its weights.
+        layout: their published layout; the one whose names fit when None.
+
+    Raises:
+        UserError: the weights cannot be read, or do not fit.
+    """
     module, name = spec.original.split(":")
     original: nn.Module = getattr(importlib.import_module(module), name)(**spec.arguments)
-    load_checkpoint(original, read_checkpoint(path))
+    load_published(spec, original, read_checkpoint(path), layout)
     return original.eval()
 
 
@@ -44,7 +56,8 @@ class EvaluationSamples:
     """What parity is judged on, made anew by every loop over it: one sample is in memory at a time.
 
     The images of a folder in the order of their names, without truth (for networks of two inputs an image and its
-    successor form a pair), or the model's held-out samples.
+    successor form a pair), or the model's held-out samples. A classifier of single images also takes a folder of one
+    folder for each class, which gives the truth: the first image of each class, then the second ones, and so on.
 
     Args:
         spec: the model.
@@ -59,6 +72,11 @@ class EvaluationSamples:
 
     def __init__(self, spec: ModelSpec, images: Path | None, size: tuple[int, int], count: int) -> None:
         self._make: Callable[[], Iterator[Sample]]
+        if images is not None and (labelled := _labelled_images(images, spec)):
+            chosen = labelled[:count]
+            self._make = lambda: (Sample((read_image(file, size),), np.array([[[label]]])) for file, label in chosen)
+            self._count = len(chosen)
+            return
         if images is not None:
             files = _image_groups(images, len(spec.inputs))[:count]
             self._make = lambda: (Sample(tuple(read_image(file, size) for file in group), None) for group in files)
@@ -77,6 +95,30 @@ class EvaluationSamples:
 
     def __iter__(self) -> Iterator[Sample]:
         return self._make()
+
+
+def _labelled_images(folder: Path, spec: ModelSpec) -> list[tuple[Path, int]]:
+    """Return the images of a classifier's folder of folders with their labels; none where it has no folders.
+
+    Raises:
+        UserError: a folder is not named by a class or its number, and there are not as many folders as classes.
+    """
+    if spec.metric != TOP_1 or len(spec.inputs) != 1 or not folder.is_dir():
+        return []
+    folders = sorted(entry for entry in folder.iterdir() if entry.is_dir())
+    numbers = {name: label for label, name in enumerate(spec.classes)}
+    numbers |= {str(label): label for label in range(len(spec.classes))}
+    if unknown := [entry.name for entry in folders if entry.name not in numbers]:
+        if len(folders) != len(spec.classes):
+            raise UserError(
+                f"the folder {folder} holds {unknown[0]!r}, which is no class of {spec.name}. Name the folders by "
+                f"class or by number from 0, or give one for each of its {len(spec.classes)} classes, in their order."
+            )
+        numbers = {entry.name: label for label, entry in enumerate(folders)}
+    found = [
+        (position, numbers[entry.name], file) for entry in folders for position, file in enumerate(image_files(entry))
+    ]
+    return [(file, label) for _, label, file in sorted(found)]
 
 
 def _image_groups(folder: Path, inputs: int) -> list[tuple[Path, ...]]:

@@ -6,8 +6,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import onnx
-
 from edgeattn.deploy.evidence import EvaluationSamples, checkpoint_path, load_original, write_evidence
 from edgeattn.deploy.pipeline import Progress, save_model
 from edgeattn.export.calibration import input_shapes
@@ -18,15 +16,17 @@ from edgeattn.export.run_directory import versions
 from edgeattn.export.surgery import strip_bodies
 from edgeattn.foundation import UserError, sha256_of
 from edgeattn.models import MODELS
+from edgeattn.models.deployable import Deployment
 from edgeattn.validation.open_form import OpenForm, open_form
 from edgeattn.validation.parity import Form, compare_forms
+from edgeattn.validation.tolerance import NO_LIMITS, UserLimits
 
 
-def form_of(file: OpenForm, plugin_libraries: Sequence[Path] = ()) -> Form:
+def form_of(file: OpenForm, plugin_libraries: Sequence[Path] = (), accumulation: int | None = None) -> Form:
     """Describe a file as a form: its precision and plugin nodes are read from the graph."""
     facts = file.facts
-    precision = "int8" if facts.qdq else "fp16" if facts.fp16 else "fp32"
-    return Form(file.path.name, file.path, precision, bool(facts.plugin_nodes), tuple(plugin_libraries))
+    precision = "int8" if facts.qdq else "bf16" if facts.bf16 else "fp16" if facts.fp16 else "fp32"
+    return Form(file.path.name, file.path, precision, bool(facts.plugin_nodes), tuple(plugin_libraries), accumulation)
 
 
 def compare_files(
@@ -39,6 +39,9 @@ def compare_files(
     output: Path | None = None,
     threads: int = 1,
     plugins: Sequence[Path] = (),
+    layout: str | None = None,
+    limits: UserLimits = NO_LIMITS,
+    accumulation: int | None = None,
     progress: Progress | None = None,
 ) -> dict[str, Any]:
     """Judge ONNX files, and engines built from them here, against the PyTorch original with the same weights.
@@ -52,6 +55,9 @@ def compare_files(
         output: folder for `parity.json` and `report.html`; nothing is written when None.
         threads: threads that run the original and the forms.
         plugins: plugin libraries that the engines need.
+        layout: published layout of the weights; the one whose names fit when None.
+        limits: errors of outputs that the user allows, in place of the derived limits.
+        accumulation: terms after which the emulation of FP16 rounds running totals to FP16; None for FP32 sums.
         progress: told about the samples done.
 
     Returns:
@@ -60,22 +66,22 @@ def compare_files(
     Raises:
         UserError: something given cannot be used.
     """
-    spec = MODELS.get(model)
+    base = MODELS.get(model)
+    opened = [open_form(file, name=file.name) for file in files]
+    deployment = _common_deployment({form.path: Deployment.of_graph(form.model) for form in opened})
+    spec = deployment.spec(base)
+    limits.check(spec.main_outputs)
     path = checkpoint_path(spec, checkpoint)
-    original = load_original(spec, path)
-    forms: list[Form] = []
-    sizes: dict[Path, tuple[int, int] | None] = {}
-    for file in files:
-        opened = open_form(file, name=file.name)
-        forms.append(form_of(opened, plugins))
-        sizes[file] = _fixed_size(opened.model)
+    original = deployment.original(base, load_original(base, path, layout))
+    forms = [form_of(form, plugins, accumulation) for form in opened]
+    sizes = {form.path: spec.image_size(input_shapes(form.model).values()) for form in opened}
     samples = EvaluationSamples(spec, images, _common_size(sizes) or spec.size, sample_count)
 
     def move(done: int) -> None:
         if progress:
             progress("compare", done, len(samples))
 
-    parity = compare_forms(spec, original, forms, samples, progress=move, threads=threads)
+    parity = compare_forms(spec, original, forms, samples, progress=move, threads=threads, limits=limits)
     if output:
         facts = {
             "model": spec.name,
@@ -100,12 +106,17 @@ def _common_size(sizes: Mapping[Path, tuple[int, int] | None]) -> tuple[int, int
     return next(iter(fixed), None)
 
 
-def _fixed_size(model: onnx.ModelProto) -> tuple[int, int] | None:
-    """Return the (height, width) of a model's image inputs, or None when it is open."""
-    for shape in input_shapes(model).values():
-        if len(shape) == 4 and shape[2] is not None and shape[3] is not None:
-            return shape[2], shape[3]
-    return None
+def _common_deployment(deployments: Mapping[Path, Deployment]) -> Deployment:
+    """Return what surrounds the network in all files.
+
+    Raises:
+        UserError: it differs between them, so that one original cannot judge them all.
+    """
+    found = set(deployments.values())
+    if len(found) > 1:
+        given = ", ".join(f"{file} ({deployment.described})" for file, deployment in deployments.items())
+        raise UserError(f"the files take or give different things: {given}. Compare them one at a time.")
+    return found.pop() if found else Deployment()
 
 
 def rewrite_file(model: Path, output: Path, *, strip: bool = False, seed: int = 0) -> RewriteResult:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -11,31 +12,50 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 import torch
 
-from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original, write_evidence
+from edgeattn.deploy.evidence import (
+    BUNDLED,
+    EvaluationSamples,
+    checkpoint_path,
+    load_original,
+    write_evidence,
+)
+from edgeattn.deploy.sizes import fixed_size_note, refuse_size
+from edgeattn.export.block_policies import declared_exclusions
 from edgeattn.export.calibration import CalibrationSamples, calibration_samples
 from edgeattn.export.calibration_methods import DEFAULT_METHOD, method_named
-from edgeattn.export.fp16 import Fp16Result, to_fp16
+from edgeattn.export.fp16 import Fp16Result, to_bf16, to_fp16, with_operators_named
 from edgeattn.export.int8 import Int8Options, quantise
+from edgeattn.export.node_selection import with_node_names
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.plugin_launches import expand_launches
+from edgeattn.export.precision_types import BF16, FP16, ReducedType
+from edgeattn.export.ranges import OVERFLOW_MARGIN, MeasuredRanges, measure_ranges
 from edgeattn.export.run_directory import RunDirectory
 from edgeattn.export.support import SupportReport, check_support
 from edgeattn.export.surgery import inline_plugins, strip_bodies
 from edgeattn.export.to_onnx import to_onnx
 from edgeattn.foundation import UserError, atomic_path, sha256_of, write_text
 from edgeattn.models import MODELS
-from edgeattn.models.checkpoint import load_checkpoint, read_checkpoint
+from edgeattn.models.checkpoint import read_checkpoint
+from edgeattn.models.deployable import Deployment
+from edgeattn.models.published import load_published
 from edgeattn.targets import TARGETS, Target
+from edgeattn.validation.model_data import model_data
 from edgeattn.validation.parity import Form, Parity, compare_forms, compare_sizes
+from edgeattn.validation.tolerance import NO_LIMITS, UserLimits
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and the steps in all."""
 
 CALIBRATION_COUNT = 64
 """Bundled images that INT8 is calibrated on."""
+
+RANGE_COUNT = 16
+"""Calibration batches on which it is measured what FP16 and BF16 cannot hold; peaks settle soon, and have a margin."""
 
 PLUGIN_HOSTS = ("cpp", "python")
 """What runs the plugins in TensorRT: the C++ library, or Python ahead-of-time plugins (10.15 and later)."""
@@ -48,15 +68,24 @@ class ExportRequest:
     Attributes:
         model: name of the model's declaration.
         checkpoint: path of the trained weights, or "bundled".
+        layout: published layout of the weights; the one whose names fit when None.
         size: (height, width) of the exported graph, and the example size of a dynamic one; the model's own when None.
         dynamic: batch, height and width may vary.
         fp16: make the FP16 forms.
+        bf16: make the BF16 forms.
+        fp16_exclude: what stays FP32 in FP16 and BF16 forms, and in what surrounds INT8: torch module paths, operator
+            types or node names.
         int8: make the INT8 forms (convolutions and linear layers in INT8, the rest in FP16).
-        calibration: folder of images or .npz for INT8; the model's bundled training images when None.
+        calibration: folder of images or .npz, for INT8 and for the ranges of FP16 and BF16; the model's bundled
+            training images when None.
         calibration_method: how the ranges of INT8 are chosen, see `edgeattn.export.calibration_methods`.
         calibration_cache: folder of calibration results by data and graph that runs share; the run directory alone
             skips unchanged stages when None.
+        int8_exclude: what stays in floating point in INT8 forms, beside what the blocks declare: torch module paths,
+            operator types or node names.
         int8_attention: attention products in INT8 too; not together with `plugins`.
+        preprocess: the graph takes RGB uint8 images (batch, height, width, 3) and normalises them.
+        postprocess: "labels" or "probabilities" in place of the network's outputs; see `edgeattn.models.deployable`.
         plugins: also make the forms with plugin nodes.
         plugin_host: "cpp", or "python" for a further file of each plugin form with one node per kernel launch, which
             TensorRT's Python plugins need.
@@ -66,18 +95,25 @@ class ExportRequest:
         sample_count: how many samples or images to judge on, at most.
         extra_sizes: further (height, width) at which dynamic forms are judged.
         threads: threads that run the original and the forms; small networks gain nothing from more than one.
+        limits: errors of outputs that the user allows, in place of the derived limits.
     """
 
     model: str
     checkpoint: str = BUNDLED
+    layout: str | None = None
     size: tuple[int, int] | None = None
     dynamic: bool = False
     fp16: bool = False
+    bf16: bool = False
+    fp16_exclude: tuple[str, ...] = ()
     int8: bool = False
+    int8_exclude: tuple[str, ...] = ()
     calibration: Path | None = None
     calibration_method: str = DEFAULT_METHOD
     calibration_cache: Path | None = None
     int8_attention: bool = False
+    preprocess: bool = False
+    postprocess: str | None = None
     plugins: bool = False
     plugin_host: str = PLUGIN_HOSTS[0]
     target: str | None = None
@@ -86,13 +122,24 @@ class ExportRequest:
     sample_count: int = 200
     extra_sizes: tuple[tuple[int, int], ...] = ()
     threads: int = 1
+    limits: UserLimits = NO_LIMITS
 
 
 def _refuse_idle_options(request: ExportRequest) -> None:
     """Raise where an option would have no effect, rather than ignore it."""
-    if request.calibration is not None and not request.int8:
-        raise UserError(f"calibration data is given ({request.calibration}), but no INT8 form. Add --int8 or drop it.")
+    reduced = request.fp16 or request.bf16 or request.int8
+    if not reduced and request.calibration is not None:
+        raise UserError(
+            f"calibration data is given ({request.calibration}), but no INT8, FP16 or BF16 form. Add --int8, --fp16 or "
+            "--bf16, or drop it."
+        )
+    if not reduced and request.fp16_exclude:
+        raise UserError(
+            f"{request.fp16_exclude[0]} is to stay FP32, but every form is FP32. Add --fp16, --bf16 or --int8, or drop "
+            "the exclusion."
+        )
     idle = {
+        "an INT8 exclusion": bool(request.int8_exclude),
         "a calibration method": request.calibration_method != DEFAULT_METHOD,
         "a calibration cache": request.calibration_cache is not None,
         "INT8 attention": request.int8_attention,
@@ -140,15 +187,21 @@ class ExportRun:
     def __init__(self, request: ExportRequest, output: Path, progress: Progress | None = None) -> None:
         _refuse_idle_options(request)
         self.request = request
-        self.spec = MODELS.get(request.model)
+        self.base = MODELS.get(request.model)
+        self.deployment = Deployment(request.preprocess, request.postprocess)
+        self.spec = self.deployment.spec(self.base)
+        request.limits.check(self.spec.main_outputs)
         self.target: Target | None = TARGETS.get(request.target) if request.target else None
         _refuse_unusable_host(request, self.target)
         self.size = request.size or self.spec.size
         self.progress = progress or (lambda stage, done, total: None)
         self.checkpoint = checkpoint_path(self.spec, request.checkpoint)
-        self.model = self.spec.build()
-        self.load_report = load_checkpoint(self.model, read_checkpoint(self.checkpoint))
-        self.calibration = self._calibration() if request.int8 else None
+        refuse_size(self.base, self.size, request.extra_sizes)
+        network = self.base.build()
+        self.loaded = load_published(self.base, network, read_checkpoint(self.checkpoint), request.layout)
+        self.model = self.deployment.network(self.base, network)
+        self.calibration = self._calibration() if request.fp16 or request.bf16 or request.int8 else None
+        self._ranges: dict[str, MeasuredRanges] = {}
         self.samples = EvaluationSamples(self.spec, request.images, self.size, request.sample_count)
         self.directory = RunDirectory(output)
 
@@ -159,7 +212,7 @@ class ExportRun:
             The content of `parity.json`, see `edgeattn.validation.records.Parity.as_dict`.
         """
         self.directory.describe(self._facts())
-        write_text(self.directory.path / "load_report.json", json.dumps(self.load_report.as_dict(), indent=1) + "\n")
+        write_text(self.directory.path / "load_report.json", json.dumps(self.loaded.as_dict(), indent=1) + "\n")
         forms = self.make_forms()
         return self.judge(forms)
 
@@ -170,29 +223,36 @@ class ExportRun:
         facts = {name: stage.get("facts", {}) for name, stage in stages.items()}
         notes = {name: known["notes"] for name, known in facts.items() if known.get("notes")}
         run: dict[str, Any] = self.directory.manifest["run"]  # type: ignore[assignment]
-        if shared := (run.get("calibration") or {}).get("shared_with_evaluation"):
+        if self.request.int8 and (shared := (run.get("calibration") or {}).get("shared_with_evaluation")):
             warning = (
                 f"{shared} of the {run['samples']} samples that parity is judged on are calibration samples too, which "
                 "flatters INT8. Give other images with --images or --calibration."
             )
             notes["calibration"] = [warning]
+        if self.request.dynamic and (note := fixed_size_note(self.base, self.size)):
+            notes["export"] = [*notes.get("export", ()), note]
         return notes
 
     def make_forms(self) -> list[Form]:
         """Write the ONNX files and return the forms among them that the user asked for."""
         plugin_forms = {"fp32": self._export()}
-        if self.request.fp16:
-            plugin_forms["fp16"] = self._convert("fp16", plugin_forms["fp32"], lambda model: (to_fp16(model), {}), {})
-        if self.calibration is not None:
-            samples = self.calibration
+        data = {
+            "calibration": self.calibration.fingerprint if self.calibration else None,
+            "fp16_exclude": list(self.request.fp16_exclude),
+        }
+        for precision, kind, asked in (("fp16", FP16, self.request.fp16), ("bf16", BF16, self.request.bf16)):
+            if asked:
+                plugin_forms[precision] = self._convert(
+                    precision, plugin_forms["fp32"], functools.partial(self._reduce, kind), data
+                )
+        if self.request.int8:
             settings = {
-                "calibration": samples.fingerprint,
+                **data,
                 "method": self.request.calibration_method,
                 "attention": self.request.int8_attention,
+                "int8_exclude": list(self.request.int8_exclude),
             }
-            plugin_forms["int8"] = self._convert(
-                "int8", plugin_forms["fp32"], lambda model: self._quantise(model, samples), settings
-            )
+            plugin_forms["int8"] = self._convert("int8", plugin_forms["fp32"], self._quantise, settings)
         forms = []
         for precision, path in plugin_forms.items():
             plain = self._inline(precision, path)
@@ -214,6 +274,7 @@ class ExportRun:
             "size": list(self.size),
             "extra_sizes": [list(size) for size in request.extra_sizes],
             "target": request.target,
+            "limits": dataclasses.asdict(request.limits),
         }
         inputs = [self.checkpoint, *(form.path for form in forms), *([request.images] if request.images else [])]
         path, _ = self.directory.stage(
@@ -227,7 +288,8 @@ class ExportRun:
         return record
 
     def _compare(self, forms: Sequence[Form]) -> Parity:
-        original = load_original(self.spec, self.checkpoint)
+        original = load_original(self.base, self.checkpoint, self.loaded.layout)
+        original = self.deployment.original(self.base, original)
         total, threads = len(self.samples), self.request.threads
         self.progress("compare", 0, total)
         parity = compare_forms(
@@ -237,12 +299,19 @@ class ExportRun:
             self.samples,
             progress=lambda done: self.progress("compare", done, total),
             threads=threads,
+            limits=self.request.limits,
         )
         parity = dataclasses.replace(parity, support=self._support(forms))
         if not self.request.extra_sizes:
             return parity
         sizes = compare_sizes(
-            self.spec, original, forms, self.request.extra_sizes, samples=islice(self.samples, 2), threads=threads
+            self.spec,
+            original,
+            forms,
+            self.request.extra_sizes,
+            samples=islice(self.samples, 2),
+            threads=threads,
+            limits=self.request.limits,
         )
         return dataclasses.replace(parity, sizes=sizes)
 
@@ -261,19 +330,21 @@ class ExportRun:
         opset = self.request.opset or (self.target.opset if self.target else DEFAULT_OPSET)
         settings = {
             "model": self.spec.name,
+            "layout": self.loaded.layout,
             "size": list(self.size),
             "dynamic": self.request.dynamic,
             "opset": opset,
+            **dataclasses.asdict(self.deployment),
         }
         path = self._plugin_path("fp32")
 
         def work() -> None:
             self.progress("export", 0, 1)
-            height, width = self.size
             # A dynamic batch is exported with an example of two, because torch specialises axes of size one.
-            example = torch.randn(2 if self.request.dynamic else 1, 3, height, width)
+            shape = self.spec.input_shape(2 if self.request.dynamic else 1, self.size)
+            example = torch.from_numpy(np.random.default_rng(0).uniform(0, 2, shape).astype(self.spec.input_type))
             kept = [index for index, output in enumerate(self.spec.outputs) if not output.auxiliary]
-            axes = {0: "batch", 2: "height", 3: "width"}
+            axes = self.spec.image_axes
             model = to_onnx(
                 self.model,
                 [example] * len(self.spec.inputs),
@@ -306,18 +377,60 @@ class ExportRun:
 
         return self._stage(precision, work, settings, [source], path)
 
-    def _quantise(self, model: onnx.ModelProto, samples: CalibrationSamples) -> tuple[Fp16Result, Mapping[str, object]]:
+    def _reduce(self, kind: ReducedType, model: onnx.ModelProto) -> tuple[Fp16Result, Mapping[str, object]]:
+        """Return the FP16 or BF16 form, and the ranges that it is made by."""
+        ranges = self._measured(kind, model)
+        convert = to_fp16 if kind == FP16 else to_bf16
+        result = convert(model, keep_fp32=self.request.fp16_exclude, ranges=ranges)
+        if ranges is not None:
+            return result, self._range_facts(ranges)
+        note = (
+            f"no data is bundled with {self.spec.name}, so only declared policies decide what stays FP32. Give typical "
+            "images with --calibration to measure it."
+        )
+        return dataclasses.replace(result, notes=(note, *result.notes)), self._range_facts(None)
+
+    def _measured(self, kind: ReducedType, model: onnx.ModelProto) -> MeasuredRanges | None:
+        """Return what the tensors of a form hold on the first calibration batches, measured once for each type."""
+        if self.calibration is None:
+            return None
+        if kind.label not in self._ranges:
+            total = min(RANGE_COUNT, self.calibration.count)
+            self.progress("ranges", 0, total)
+            self._ranges[kind.label] = measure_ranges(
+                model,
+                islice(self.calibration, RANGE_COUNT),
+                kind,
+                progress=lambda done: self.progress("ranges", done, total),
+            )
+        return self._ranges[kind.label]
+
+    def _range_facts(self, ranges: MeasuredRanges | None) -> dict[str, object]:
+        facts: dict[str, object] = {"excluded_by_user": list(self.request.fp16_exclude)}
+        if ranges is None:
+            return facts
+        defects = {name: defect for name in ranges.tensors if (defect := ranges.defect(name))}
+        return {**facts, "range_batches": ranges.batches, "range_margin": OVERFLOW_MARGIN, "out_of_range": defects}
+
+    def _quantise(self, model: onnx.ModelProto) -> tuple[Fp16Result, Mapping[str, object]]:
         """Return the INT8 form with FP16 around it, and what is INT8 in it."""
+        assert self.calibration is not None
+        ranges = self._measured(FP16, model)
+        if self.request.int8_attention:  # plugin nodes compute in floating point
+            model = inline_plugins(model)
+        declared = declared_exclusions(self.model, model)
         options = Int8Options(
+            exclude=(*declared, *with_operators_named(with_node_names(model), self.request.int8_exclude)),
             method=self.request.calibration_method,
             attention=self.request.int8_attention,
             cache=self.request.calibration_cache,
         )
-        if options.attention:  # plugin nodes compute in floating point
-            model = inline_plugins(model)
-        int8 = quantise(model, samples, options, progress=self._calibrated)
-        half = to_fp16(int8.model)
+        int8 = quantise(model, self.calibration, options, progress=self._calibrated)
+        half = to_fp16(int8.model, keep_fp32=self.request.fp16_exclude, ranges=ranges)
         facts = {
+            **self._range_facts(ranges),
+            "int8_excluded_by_blocks": list(declared),
+            "int8_excluded_by_user": list(self.request.int8_exclude),
             "int8_layers": {name: round(ratio, 1) for name, ratio in int8.layers.items() if math.isfinite(ratio)},
             "float_layers": dict(int8.float_layers),
             "rescaled": list(int8.rescaled),
@@ -369,14 +482,18 @@ class ExportRun:
     def _stripped_path(self, precision: str) -> Path:
         return self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
 
-    def _calibration(self) -> CalibrationSamples:
-        """Open the calibration images: the user's, or those that come with the model. They are never random."""
-        height, width = (None, None) if self.request.dynamic else self.size
-        shapes = dict.fromkeys(self.spec.inputs, (None if self.request.dynamic else 1, 3, height, width))
+    def _calibration(self) -> CalibrationSamples | None:
+        """Open the calibration images: the user's, or those that come with the model. They are never random.
+
+        INT8 cannot do without them; FP16 and BF16 can.
+        """
+        varies = self.request.dynamic and not self.spec.fixed_size
+        shape = self.spec.input_shape(None if self.request.dynamic else 1, (None, None) if varies else self.size)
+        shapes = dict.fromkeys(self.spec.inputs, shape)
         if self.request.calibration is not None:
-            return calibration_samples(
-                self.request.calibration, inputs=shapes, size=self.size, preprocess=self.spec.preprocessing
-            )
+            return model_data(self.request.calibration, self.spec, self.size, shapes)
+        if self.spec.calibration is None and not self.request.int8:
+            return None
         if self.spec.calibration is None:
             raise UserError(
                 f"INT8 needs real images, and none are bundled with {self.spec.name}. "
@@ -385,15 +502,17 @@ class ExportRun:
         bundled = [
             self.spec.network_inputs(sample.resized(self.size)) for sample in self.spec.calibration(CALIBRATION_COUNT)
         ]
-        return calibration_samples(bundled, inputs=shapes)
+        return calibration_samples(bundled, inputs=shapes, types=dict.fromkeys(shapes, self.spec.input_type))
 
     def _facts(self) -> dict[str, object]:
         return {
             "model": self.spec.name,
             "checkpoint": self.checkpoint.name,
             "checkpoint_sha256": sha256_of(self.checkpoint),
+            "layout": self.loaded.layout,
             "size": list(self.size),
             "dynamic": self.request.dynamic,
+            **dataclasses.asdict(self.deployment),
             "target": self.target.name if self.target else None,
             "calibration": self._calibration_facts(),
             "evaluation": str(self.request.images.name) if self.request.images else "held-out samples",

@@ -1,4 +1,4 @@
-"""Which nodes of a graph stay FP32 when the rest becomes FP16, and why."""
+"""Which nodes of a graph stay FP32 when the rest becomes FP16 or BF16, and why."""
 
 from __future__ import annotations
 
@@ -11,7 +11,15 @@ import onnx_ir as ir
 from edgeattn.blocks import Fp32Step
 from edgeattn.export.attention_islands import ELEMENTWISE_OPS, LAYOUT_OPS, softmax_islands
 from edgeattn.export.metadata import CLASS_HIERARCHY, parsed_list
-from edgeattn.export.precision_types import SCALE_LOSS, allows_half, constant_array, fp16_defect, is_float
+from edgeattn.export.precision_types import (
+    FP16,
+    ReducedType,
+    allows_half,
+    constant_array,
+    constant_defect,
+    is_float,
+)
+from edgeattn.export.ranges import MeasuredRanges
 
 _STEP_CLASS = f"{Fp32Step.__module__}.{Fp32Step.__qualname__}"
 _SUM = "sums over many elements may exceed 65504"
@@ -56,6 +64,13 @@ FP32_OPS: dict[str, str] = {
 }
 """Operators of the standard domain that always stay FP32, with the reason."""
 
+_BF16_WORDS = {
+    _SUM: "sums over many elements lose digits",
+    _SQUARE: "squares double the relative error",
+    FP32_OPS["Exp"]: "turns the absolute error of its input into a relative one",
+}
+"""What is true of BF16, which has the range of FP32, in place of what is true of FP16."""
+
 _SUM_STARTS = (_SUM, _SQUARE, FP32_OPS["Exp"])
 _SUM_TAIL = frozenset(
     [
@@ -88,7 +103,7 @@ class Fp16Plan:
 
     Attributes:
         reasons: for each node that stays FP32, why.
-        notes: sentences about constants and scales that FP16 cannot hold, each naming the offender.
+        notes: sentences about constants, scales and activations that the type cannot hold, each naming the offender.
     """
 
     reasons: dict[ir.Node, str] = field(default_factory=dict)
@@ -99,7 +114,15 @@ class Fp16Plan:
         self.reasons.setdefault(node, reason)
 
 
-def plan_fp16(graph: ir.Graph, opset: int, *, chosen: Collection[str], keep_io: bool) -> Fp16Plan:
+def plan_fp16(
+    graph: ir.Graph,
+    opset: int,
+    *,
+    chosen: Collection[str],
+    keep_io: bool,
+    kind: ReducedType = FP16,
+    ranges: MeasuredRanges | None = None,
+) -> Fp16Plan:
     """Decide for every node of the main graph whether it stays FP32.
 
     Args:
@@ -107,12 +130,14 @@ def plan_fp16(graph: ir.Graph, opset: int, *, chosen: Collection[str], keep_io: 
         opset: version of the standard operators.
         chosen: names of nodes that the user keeps in FP32.
         keep_io: the graph's floating-point inputs and outputs stay FP32.
+        kind: what the rest becomes.
+        ranges: of the tensors on data, for the same type; None for the policy alone.
 
     Returns:
         The plan. Nodes without floating-point inputs or outputs are in it only when a rule names them.
     """
     plan = Fp16Plan()
-    rules = _rules(graph, opset, chosen)
+    rules = _rules(graph, opset, chosen, kind)
     for node in graph:
         if node.domain == "" and node.op_type in (*_QUANTISERS, *TYPELESS_OPS):
             if node.name in chosen and node.op_type in _QUANTISERS:
@@ -123,15 +148,21 @@ def plan_fp16(graph: ir.Graph, opset: int, *, chosen: Collection[str], keep_io: 
                 plan.keep(node, reason)
                 break
         else:
-            _check_constants(node, opset, plan)
-    _check_scales(graph, plan)
+            _check_constants(node, opset, plan, kind)
+    if ranges is not None:
+        _check_ranges(graph, plan, ranges)
+    _check_scales(graph, plan, kind)
     _extend_sums(graph, plan)
     _close_gaps(graph, plan, keep_io=keep_io)
     _place_quantisers(graph, plan, keep_io=keep_io)
+    if kind != FP16:
+        plan.reasons = {node: _BF16_WORDS.get(reason, reason) for node, reason in plan.reasons.items()}
     return plan
 
 
-def _rules(graph: ir.Graph, opset: int, chosen: Collection[str]) -> tuple[tuple[Callable[[ir.Node], bool], str], ...]:
+def _rules(
+    graph: ir.Graph, opset: int, chosen: Collection[str], kind: ReducedType
+) -> tuple[tuple[Callable[[ir.Node], bool], str], ...]:
     """Return the rules for single nodes, the most telling first."""
     islands = softmax_islands(graph)
     data = _data_nodes(graph)
@@ -145,9 +176,9 @@ def _rules(graph: ir.Graph, opset: int, chosen: Collection[str]) -> tuple[tuple[
     rules += [(_is_operator(op_type), reason) for op_type, reason in FP32_OPS.items()]
     rules += [
         (lambda node: node.op_type == "Mul" and node.inputs[0] is node.inputs[1], _SQUARE),
-        (_widens_integers, "integers beyond 2048 are not exact in FP16"),
+        (_widens_integers, f"integers beyond {kind.integers} are not exact in {kind.label}"),
         (lambda node: _typed_by_attribute(node), "its type is fixed by an attribute"),
-        (lambda node: not _has_half_form(node, opset), "the operator has no FP16 form"),
+        (lambda node: not _has_half_form(node, opset, kind), f"the operator has no {kind.label} form"),
     ]
     return tuple(rules)
 
@@ -184,34 +215,64 @@ def _typed_by_attribute(node: ir.Node) -> bool:
     return dtype is not None and dtype.value == ir.DataType.FLOAT
 
 
-def _has_half_form(node: ir.Node, opset: int) -> bool:
-    """Say whether every floating-point result and at least one floating-point input may be FP16."""
-    results = [allows_half(node, i, opset, output=True) for i, value in enumerate(node.outputs) if is_float(value)]
-    inputs = [allows_half(node, i, opset, output=False) for i, value in enumerate(node.inputs) if is_float(value)]
+def _has_half_form(node: ir.Node, opset: int, kind: ReducedType) -> bool:
+    """Say whether every floating-point result and at least one floating-point input may have the reduced type."""
+    results, inputs = (
+        [allows_half(node, i, opset, output=output, kind=kind) for i, value in enumerate(values) if is_float(value)]
+        for output, values in ((True, node.outputs), (False, node.inputs))
+    )
     return all(results) and (any(inputs) or not inputs)
 
 
-def _check_constants(node: ir.Node, opset: int, plan: Fp16Plan) -> None:
-    """Keep a node in FP32 when one of its constants has no FP16 form; note constants that lose elements."""
+def _check_constants(node: ir.Node, opset: int, plan: Fp16Plan, kind: ReducedType) -> None:
+    """Keep a node in FP32, and note it, when the reduced type cannot hold one of its constants."""
     for index, value in enumerate(node.inputs):
-        if value is None or not is_float(value) or not allows_half(node, index, opset, output=False):
+        if value is None or not is_float(value) or not allows_half(node, index, opset, output=False, kind=kind):
             continue
         array = constant_array(value)
-        defect = fp16_defect(array) if array is not None else None
+        defect = constant_defect(array, kind) if array is not None else None
         if defect is not None:
             plan.keep(node, f"constant {value.name}: {defect}")
-            plan.notes.append(f"{node.name} stays FP32: in its constant {value.name}, {defect} in FP16.")
+            plan.notes.append(f"{node.name} stays FP32: in its constant {value.name}, {defect} in {kind.label}.")
 
 
-def _check_scales(graph: ir.Graph, plan: Fp16Plan) -> None:
-    """Keep a quantised edge in FP32, with the operators that read it, when FP16 cannot hold its scale."""
+def _check_ranges(graph: ir.Graph, plan: Fp16Plan, ranges: MeasuredRanges) -> None:
+    """Keep in FP32 what makes and what reads a tensor that the reduced type cannot hold on the data.
+
+    A quantised tensor holds what it was quantised from.
+    """
+    flagged: dict[ir.Value, str] = {}
+    for value in (*graph.inputs, *(output for node in graph for output in node.outputs)):
+        producer = value.producer()
+        source: ir.Value | None = value
+        if producer is not None and producer.op_type == "DequantizeLinear" and producer.inputs[0] is not None:
+            quantiser = producer.inputs[0].producer()
+            source = quantiser.inputs[0] if quantiser is not None and quantiser.op_type == "QuantizeLinear" else None
+        defect = ranges.defect(str(source.name)) if source is not None and is_float(value) else None
+        if defect is not None:
+            flagged[value] = f"on the calibration data {source.name} {defect}"  # type: ignore[union-attr]
+    before = len(plan.reasons)
+    for value, reason in flagged.items():
+        for node in (value.producer(), *_readers(value)):
+            if node is not None and node.graph is graph:
+                plan.keep(node, reason)
+    if added := len(plan.reasons) - before:
+        worst = max(flagged, key=lambda value: ranges.severity(str(value.name)))
+        plan.notes.append(
+            f"{added} nodes stay FP32 because of {len(flagged)} tensors that {ranges.kind.label} cannot hold; "
+            f"the worst: {flagged[worst]}."
+        )
+
+
+def _check_scales(graph: ir.Graph, plan: Fp16Plan, kind: ReducedType) -> None:
+    """Keep a quantised edge in FP32, with the operators that read it, when its scale is lost in the reduced type."""
     for node in graph:
         if node.domain != "" or node.op_type not in _QUANTISERS:
             continue
         scale = constant_array(node.inputs[1])
-        if scale is None or _worst_loss(scale) <= SCALE_LOSS:
+        if scale is None or _worst_loss(scale, kind) <= kind.loss:
             continue
-        reason = f"scale {node.inputs[1].name} is lost in FP16"  # type: ignore[union-attr]
+        reason = f"scale {node.inputs[1].name} is lost in {kind.label}"  # type: ignore[union-attr]
         plan.keep(node, reason)
         if node.op_type == "DequantizeLinear":
             readers = [reader for reader, _ in node.outputs[0].uses() if reader.op_type not in _QUANTISERS]
@@ -221,11 +282,11 @@ def _check_scales(graph: ir.Graph, plan: Fp16Plan) -> None:
             plan.notes.append(f"{node.name} stays FP32, with {names}: {reason} (smallest {scale.min():g}).")
 
 
-def _worst_loss(scale: np.ndarray) -> float:
-    """Return the largest relative change of a scale's elements when rounded to FP16."""
+def _worst_loss(scale: np.ndarray, kind: ReducedType) -> float:
+    """Return the largest relative change of a scale's elements when rounded to the reduced type."""
     exact = scale.astype(np.float64)
-    with np.errstate(over="ignore", divide="ignore", invalid="ignore"):
-        loss = np.abs(exact.astype(np.float16).astype(np.float64) - exact) / np.abs(exact)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        loss = np.abs(kind.rounded(exact).astype(np.float64) - exact) / np.abs(exact)
     return float(np.nan_to_num(loss, nan=np.inf).max(initial=0.0))
 
 

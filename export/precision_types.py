@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 
 import numpy as np
 import onnx
@@ -12,13 +13,73 @@ from onnx import TensorProto
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN
 
-FP16_LIMIT = 65504.0
-"""Largest finite FP16 number."""
 
-SCALE_LOSS = 2.0**-9
-"""Relative change a scalar may take when rounded to FP16: half of INT8's own rounding, and four times FP16's."""
+@dataclass(frozen=True)
+class ReducedType:
+    """A floating-point type of 16 bits.
 
-_FLOAT, _HALF = ir.DataType.FLOAT, ir.DataType.FLOAT16
+    Attributes:
+        label: as users call it.
+        suffix: in names of tensors and files.
+        dtype: in graphs.
+        numpy: in arrays.
+        limit: largest finite number.
+        unit: largest relative change of a number in its range that is rounded to it.
+        integers: up to this all integers are exact.
+        opset: first version of the standard operators whose convolutions, pools and norms take it.
+        qdq_opset: first version whose QuantizeLinear and DequantizeLinear take scales of it.
+    """
+
+    label: str
+    suffix: str
+    dtype: ir.DataType
+    numpy: np.dtype
+    limit: float
+    unit: float
+    integers: int
+    opset: int
+    qdq_opset: int
+
+    @property
+    def loss(self) -> float:
+        """Relative change that a scalar, or a whole tensor, may take when rounded: four units.
+
+        For FP16 that is half of INT8's own rounding.
+        """
+        return 4 * self.unit
+
+    def rounded(self, array: np.ndarray) -> np.ndarray:
+        """Return numbers as this type holds them; what is too large becomes infinite."""
+        with np.errstate(over="ignore"):
+            return array.astype(self.numpy)
+
+
+FP16 = ReducedType(
+    label="FP16",
+    suffix="fp16",
+    dtype=ir.DataType.FLOAT16,
+    numpy=np.dtype(np.float16),
+    limit=65504.0,
+    unit=2.0**-11,
+    integers=2048,
+    opset=1,
+    qdq_opset=19,
+)
+BF16 = ReducedType(
+    label="BF16",
+    suffix="bf16",
+    dtype=ir.DataType.BFLOAT16,
+    numpy=ir.DataType.BFLOAT16.numpy(),
+    limit=(2 - 2.0**-7) * 2.0**127,
+    unit=2.0**-8,
+    integers=256,
+    opset=22,
+    qdq_opset=19,
+)
+REDUCED_TYPES = {kind.dtype: kind for kind in (FP16, BF16)}
+"""The reduced types by their name in graphs."""
+
+_FLOAT = ir.DataType.FLOAT
 
 
 def element_types(model: onnx.ModelProto) -> dict[str, int]:
@@ -76,8 +137,8 @@ def check_types(model: onnx.ModelProto) -> None:
     onnx.checker.check_model(model, full_check=True)
 
 
-def allows_half(node: ir.Node, index: int, opset: int, *, output: bool) -> bool:
-    """Say whether FP16 is a legal type for one floating-point input or output of an operator.
+def allows_half(node: ir.Node, index: int, opset: int, *, output: bool, kind: ReducedType = FP16) -> bool:
+    """Say whether a reduced type is legal for one floating-point input or output of an operator.
 
     Operators of domain `edgeattn` take one floating-point type throughout; other operators without a schema are
     unknown and allow nothing. An input fixed to float, such as the scales of Resize, stays float.
@@ -90,7 +151,7 @@ def allows_half(node: ir.Node, index: int, opset: int, *, output: bool) -> bool:
     formals = schema.outputs if output else schema.inputs
     formal = formals[min(index, len(formals) - 1)]
     allowed = {entry.type_param_str: entry.allowed_type_strs for entry in schema.type_constraints}
-    return "tensor(float16)" in allowed.get(formal.type_str, [formal.type_str])
+    return f"tensor({kind.dtype.name.lower()})" in allowed.get(formal.type_str, [formal.type_str])
 
 
 def _schema(node: ir.Node, opset: int) -> onnx.defs.OpSchema | None:
@@ -107,29 +168,30 @@ def constant_array(value: ir.Value | None) -> np.ndarray | None:
     return value.const_value.numpy()
 
 
-def fp16_defect(array: np.ndarray) -> str | None:
-    """Say why FP16 cannot hold a constant, or None when it can.
+def constant_defect(array: np.ndarray, kind: ReducedType = FP16) -> str | None:
+    """Say why a reduced type cannot hold a constant, or None when it can.
 
     Infinities are legal. A tensor is refused when a finite number overflows or when every non-zero number vanishes; a
-    single number also when rounding changes it by more than `SCALE_LOSS`.
+    single number also when rounding changes it by more than the type's `loss`.
     """
-    exact = np.asarray(array, dtype=np.float64)
-    with np.errstate(over="ignore"):
-        half = exact.astype(np.float16).astype(np.float64)
-    finite = np.isfinite(exact)
-    if np.any(finite & ~np.isfinite(half)):
-        return f"{exact[finite & ~np.isfinite(half)].flat[0]:g} exceeds {FP16_LIMIT:g}"
-    nonzero = finite & (exact != 0)
+    half = kind.rounded(array)
+    finite = np.isfinite(array)
+    overflowing = finite & np.isinf(half)
+    if np.any(overflowing):
+        return f"{array[overflowing].flat[0]:g} exceeds {kind.limit:g}"
+    nonzero = finite & (array != 0)
     if np.any(nonzero) and not np.any(half[nonzero]):
-        return f"{np.abs(exact[nonzero]).max():g} vanishes"
-    if exact.size == 1 and np.any(nonzero) and abs(half - exact).item() > SCALE_LOSS * abs(exact).item():
-        return f"{exact.item():g} becomes {half.item():g}"
+        return f"{np.abs(array[nonzero]).max():g} vanishes"
+    if array.size == 1 and np.any(nonzero):
+        exact, rounded = float(array.item()), float(half.item())
+        if abs(rounded - exact) > kind.loss * abs(exact):
+            return f"{exact:g} becomes {rounded:g}"
     return None
 
 
-def vanishing_count(array: np.ndarray) -> int:
-    """Return how many non-zero numbers become zero in FP16."""
-    return int(np.count_nonzero((array != 0) & (np.abs(array) < 1) & (array.astype(np.float16) == 0)))
+def vanishing_count(array: np.ndarray, kind: ReducedType = FP16) -> int:
+    """Return how many non-zero numbers become zero in a reduced type."""
+    return int(np.count_nonzero((array != 0) & (np.abs(array) < 1) & (kind.rounded(array) == 0)))
 
 
 def is_float(value: ir.Value | None) -> bool:

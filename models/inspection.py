@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,31 +13,39 @@ from torch import Tensor
 
 from edgeattn.blocks.recognition import Shapes, matches, shapes_of
 from edgeattn.foundation import UserError
-from edgeattn.models.checkpoint import read_checkpoint
-from edgeattn.models.spec import MODELS, ModelSpec
+from edgeattn.models.checkpoint import COUNTER, read_checkpoint
+from edgeattn.models.published import LayoutFit, fit_network, fit_published
+from edgeattn.models.spec import MODELS, Layout, ModelSpec
 
 _LISTED = 3  # candidates that a refusal names
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelGuess:
-    """How well a checkpoint fits a declared network.
+    """How well a checkpoint fits a declared network, in the layout that it fits best.
 
     Attributes:
         model: name of the declaration.
-        matched: tensors of the network that the checkpoint holds with the same name and shape.
-        expected: tensors of the network; counters of batch normalisation do not count.
-        unexpected: tensors of the checkpoint that the network lacks or has in another shape.
+        layout: name of the published layout.
+        matched: tensors of the layout that the checkpoint holds with the same name and shape.
+        expected: tensors of the layout; counters of batch normalisation do not count.
+        unexpected: tensors of the checkpoint that the layout lacks or has in another shape.
     """
 
     model: str
+    layout: str
     matched: int
     expected: int
     unexpected: int
 
+    @classmethod
+    def of(cls, spec: ModelSpec, fit: LayoutFit) -> ModelGuess:
+        """Return the guess that a fit of one of the network's layouts amounts to."""
+        return cls(spec.name, fit.layout.name, fit.matched, fit.expected, fit.unexpected)
+
     @property
     def certainty(self) -> float:
-        """Fraction of all tensors, the network's and the checkpoint's, that agree; 1 is a strict load."""
+        """Fraction of all tensors, the layout's and the checkpoint's, that agree; 1 is a strict load."""
         return self.matched / (self.expected + self.unexpected)
 
 
@@ -96,7 +105,8 @@ class Inspection:
         if len(self.certain) == 1:
             spec = MODELS.get(self.certain[0])
             outputs, (height, width) = ", ".join(spec.main_outputs), spec.size
-            return f"{spec.name} at {height}x{width}: inputs {', '.join(spec.inputs)}; outputs {outputs}"
+            layout = f"layout {self.guesses[0].layout}"
+            return f"{spec.name} at {height}x{width} ({layout}): inputs {', '.join(spec.inputs)}; outputs {outputs}"
         if self.certain:
             return f"nothing until --model chooses one of {', '.join(self.certain)}, which have the same tensors"
         if self.blocks:
@@ -136,13 +146,15 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 
 
 def guess_models(shapes: Shapes) -> tuple[ModelGuess, ...]:
-    """Return how well each declared network fits names and shapes, best first, without those that share nothing."""
+    """Return how well each declared network fits names and shapes, best first, without those that share nothing.
+
+    Published layouts are compared with their listings; a network is built, without memory, only where none exists.
+    """
     guesses = []
     for spec in MODELS:
-        expected = _expected(spec)
-        matched = sum(_comparable(shapes.get(name)) == _comparable(shape) for name, shape in expected.items())
-        if matched:
-            guesses.append(ModelGuess(spec.name, matched, len(expected), len(shapes) - matched))
+        best = _best_fit(spec, shapes)
+        if best.matched:
+            guesses.append(ModelGuess.of(spec, best))
     return tuple(sorted(guesses, key=lambda guess: -guess.certainty))
 
 
@@ -162,7 +174,7 @@ def guess_model(path: str | Path) -> ModelGuess:
     if certain:
         raise UserError(f"{path} fits {' and '.join(guess.model for guess in certain)} alike. Choose one with --model.")
     near = ", ".join(
-        f"{guess.model} ({guess.matched} of its {guess.expected} tensors, {guess.unexpected} others)"
+        f"{guess.model} as {guess.layout} ({guess.matched} of its {guess.expected} tensors, {guess.unexpected} others)"
         for guess in guesses[:_LISTED]
     )
     raise UserError(
@@ -205,11 +217,27 @@ def _container(file: Path) -> str:
     return "torch (zip)" if head.startswith(b"PK") else "torch (before 1.6)"
 
 
+def _best_fit(spec: ModelSpec, shapes: Shapes) -> LayoutFit:
+    """Return how well a checkpoint fits the layout of a network that it fits best."""
+    built: Shapes | None = None
+    fits = []
+    for layout in spec.layouts:
+        if layout.listing is not None:
+            fits.append(fit_published(layout, shapes, _listed(layout.listing)))
+        else:
+            built = _expected(spec) if built is None else built
+            fits.append(fit_network(layout, shapes, built))
+    return max(fits, key=lambda fit: fit.certainty)
+
+
+@functools.cache
+def _listed(listing: str) -> Shapes:
+    """Return the shapes of a listing without counters."""
+    published = Layout(listing=listing).published_shapes() or {}
+    return {name: shape for name, shape in published.items() if name.rpartition(".")[2] != COUNTER}
+
+
 def _expected(spec: ModelSpec) -> Shapes:
     """Return names and shapes of a network's state; no memory is used for the weights."""
     with torch.device("meta"):
         return shapes_of(spec.build().state_dict())
-
-
-def _comparable(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:
-    return (1,) if shape == () else shape

@@ -106,3 +106,24 @@ def make_stages(
             in_channels = planes * EXPANSION
         stages.append(nn.Sequential(*layers))
     return stages
+
+
+def deep_stem(width: int, norm: Norm) -> list[nn.Module]:
+    """Build the stem of three 3x3 convolutions, the first of stride 2, each with normalisation and ReLU.
+
+    Args:
+        width: channels of the first two convolutions; the third has twice as many.
+        norm: makes a normalisation layer for a number of channels.
+    """
+    layers: list[nn.Module] = []
+    for inputs, outputs, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 1)):
+        layers += [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), norm(outputs), nn.ReLU()]
+    return layers
+
+
+def contracted(dilation: int, blocks: int) -> list[int]:
+    """Return the dilations of a stage that keeps its resolution by `dilation`, but halves it in the first bottleneck.
+
+    The first bottleneck sees the stage before it, whose dilation is half of this stage's.
+    """
+    return [dilation // 2, *[dilation] * (blocks - 1)]

@@ -3,16 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import torch
 from PIL import Image
 from torch import nn
 
-from edgeattn.foundation import Registry
+from edgeattn.foundation import Registry, UserError
+
+Length = TypeVar("Length", int, "int | None")
+"""A number of pixels or images; None where it may vary."""
+
+MIOU, TOP_1 = "mIoU", "top-1"
+"""Task metrics: mean intersection over union of the classes, and the share of images labelled right."""
+
+_TASKS = {"logits": "segmentation", "probability": "object segmentation", "scores": "classification"}
+"""What a network does, by the meaning of the first of its own outputs."""
 
 _LISTINGS = Path(__file__).parent / "listings"
 
@@ -26,15 +37,19 @@ class Preprocessing:
         scale: factor on the 0..255 pixel values (1/255 for 0..1 networks).
         mean: per channel, in the colour order, after scaling.
         std: per channel, in the colour order, after scaling.
+        in_graph: the exported graph does all this: its inputs are RGB images, uint8 (batch, height, width, 3).
     """
 
     colour_order: str
     scale: float
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
+    in_graph: bool = False
 
     def __call__(self, image: np.ndarray) -> np.ndarray:
-        """Turn an RGB image (H, W, 3) uint8 into a float32 array (1, 3, H, W)."""
+        """Turn an RGB image (H, W, 3) uint8 into float32 (1, 3, H, W); into uint8 (1, H, W, 3) if the graph does it."""
+        if self.in_graph:
+            return np.array(image[None], order="C")
         ordered = image if self.colour_order == "RGB" else image[..., ::-1]
         mean, std = np.asarray(self.mean, np.float32), np.asarray(self.std, np.float32)
         normal = (ordered.astype(np.float32) * np.float32(self.scale) - mean) / std
@@ -48,7 +63,8 @@ class OutputSpec:
     Attributes:
         name: name of the ONNX output.
         meaning: "logits" (class axis 1, reduced resolution), "probability" (after the sigmoid, input resolution) or
-            "scores" (batch, classes).
+            "scores" (batch, classes); with a postprocessing in the graph "labels" or "probabilities", see
+            `edgeattn.models.deployable`.
         auxiliary: used in training only; left out of exported graphs unless asked for.
     """
 
@@ -63,8 +79,8 @@ class Sample:
 
     Attributes:
         images: the RGB images (H, W, 3) uint8, one for each network input, in order.
-        target: integer labels (K, H, W), one map for each labelled image (K = 1, or 2 for a frame pair), or None where
-            the truth is not known.
+        target: integer labels (K, H, W), one map for each labelled image (K = 1, or 2 for a frame pair); (1, 1, 1)
+            where an image as a whole has one label; None where the truth is not known.
     """
 
     images: tuple[np.ndarray, ...]
@@ -75,13 +91,14 @@ class Sample:
         height, width = size
         if all(image.shape[:2] == size for image in self.images):
             return self
+        one_label = self.target is not None and self.target.shape[1:] == (1, 1)  # of the whole image
 
         def scale(array: np.ndarray, method: Image.Resampling) -> np.ndarray:
             return np.asarray(Image.fromarray(array).resize((width, height), method))
 
         images = tuple(scale(image, Image.Resampling.BILINEAR) for image in self.images)
-        if self.target is None:
-            return Sample(images, None)
+        if self.target is None or one_label:
+            return Sample(images, self.target)
         nearest = [scale(labels.astype(np.int32), Image.Resampling.NEAREST) for labels in self.target]
         return Sample(images, np.stack(nearest).astype(np.int64))
 
@@ -108,6 +125,18 @@ class Layout:
             return None
         listed = json.loads((_LISTINGS / f"{self.listing}.json").read_text(encoding="utf-8"))
         return {name: tuple(shape) for name, shape in listed["keys"].items()}
+
+    def leaves_out(self, name: str) -> bool:
+        """Say whether a published tensor has no place in the network, on purpose."""
+        return "" in self.key_map.values() and not self.renamed(name)
+
+    def renamed(self, name: str) -> str:
+        """Return our name of a published tensor; empty where the layout leaves it out."""
+        for pattern, template in self.key_map.items():
+            ours, changes = re.subn(pattern, template, name, count=1)
+            if changes:
+                return ours
+        return name
 
 
 @dataclass(frozen=True)
@@ -163,8 +192,59 @@ class ModelSpec:
         """Names of the outputs that inference needs."""
         return tuple(output.name for output in self.outputs if not output.auxiliary)
 
+    @property
+    def task(self) -> str:
+        """What the network does."""
+        return next(_TASKS[output.meaning] for output in self.outputs if output.meaning in _TASKS)
+
+    @property
+    def metric(self) -> str:
+        """The task metric: `TOP_1` where the network scores classes of an image, else `MIOU`."""
+        return TOP_1 if any(output.meaning == "scores" for output in self.outputs) else MIOU
+
+    @property
+    def align_corners(self) -> bool:
+        """Whether the label rule resizes logits with aligned corners; a keyword of the rule, and true by default."""
+        return bool(getattr(self.labels, "keywords", {}).get("align_corners", True))
+
+    @property
+    def image_axes(self) -> dict[int, str]:
+        """Names of the axes of an input that may vary, by axis."""
+        rows = 1 if self.preprocessing.in_graph else 2
+        return {0: "batch"} if self.fixed_size else {0: "batch", rows: "height", rows + 1: "width"}
+
+    @property
+    def input_type(self) -> np.dtype:
+        """Element type of the inputs."""
+        return np.dtype(np.uint8 if self.preprocessing.in_graph else np.float32)
+
+    def input_shape(self, batch: Length, size: tuple[Length, Length]) -> tuple[Length | int, ...]:
+        """Return the shape of an input for (height, width) = `size`; None stands for what may vary."""
+        height, width = size
+        return (batch, height, width, 3) if self.preprocessing.in_graph else (batch, 3, height, width)
+
+    def image_size(self, shapes: Iterable[tuple[int | None, ...]]) -> tuple[int, int] | None:
+        """Return the (height, width) that the shapes of a graph's inputs fix, or None where it is open."""
+        for shape in shapes:
+            height, width = (shape[1:3] if self.preprocessing.in_graph else shape[2:4]) if len(shape) == 4 else (0, 0)
+            if height and width:
+                return height, width
+        return None
+
+    def layout(self, name: str) -> Layout:
+        """Return the layout called `name`.
+
+        Raises:
+            UserError: there is none; the message lists those that exist.
+        """
+        for layout in self.layouts:
+            if layout.name == name:
+                return layout
+        known = ", ".join(layout.name for layout in self.layouts)
+        raise UserError(f"{self.name} has no layout {name!r}. Choose one of {known}, or leave the choice to the names.")
+
     def network_inputs(self, sample: Sample) -> dict[str, np.ndarray]:
-        """Return the preprocessed inputs of one sample by ONNX name, each float32 (1, 3, H, W)."""
+        """Return the inputs of one sample by ONNX name, each of `input_shape` with a batch of one."""
         return {name: self.preprocessing(image) for name, image in zip(self.inputs, sample.images, strict=True)}
 
 

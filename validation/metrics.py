@@ -5,9 +5,12 @@ Everything accumulates sample by sample, so that no output has to be kept.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import numpy as np
+
+from edgeattn.models.spec import MIOU, TOP_1
 
 HISTOGRAM_EDGES = np.arange(-12.0, 4.5, 0.5)
 """Edges of the error histogram, log10 of the absolute error; half a decade each."""
@@ -176,14 +179,51 @@ class Confusion:
         present = scores[~np.isnan(scores)]
         return float(present.mean()) if present.size else float("nan")
 
+    def class_accuracy(self) -> np.ndarray:
+        """Return the fraction of each class's targets that are predicted right; NaN where no target holds it."""
+        targets = self.matrix.sum(1)
+        return np.where(targets > 0, np.diag(self.matrix) / np.maximum(targets, 1), np.nan)
+
+    def accuracy(self) -> float:
+        """Return the fraction of all targets that are predicted right; NaN without any."""
+        total = int(self.matrix.sum())
+        return float(np.trace(self.matrix) / total) if total else float("nan")
+
+
+@dataclass(frozen=True)
+class TaskMetric:
+    """How a confusion matrix becomes the score of a task.
+
+    Attributes:
+        name: as `ModelSpec.metric` has it.
+        by_class: what the score of a single class is called.
+        overall: the score, 0..1.
+        classes: the score of each class, NaN where it does not occur.
+    """
+
+    name: str
+    by_class: str
+    overall: Callable[[Confusion], float]
+    classes: Callable[[Confusion], np.ndarray]
+
+
+METRICS = {
+    metric.name: metric
+    for metric in (
+        TaskMetric(MIOU, "IoU", Confusion.mean_iou, Confusion.class_iou),
+        TaskMetric(TOP_1, "accuracy", Confusion.accuracy, Confusion.class_accuracy),
+    )
+}
+"""Task metrics by name."""
+
 
 @dataclass
 class Agreement:
-    """Fraction of pixels with equal labels, accumulated over samples.
+    """Fraction of equal labels, of pixels or of whole images, accumulated over samples.
 
     Attributes:
-        equal: pixels with equal labels.
-        total: all pixels.
+        equal: equal labels.
+        total: all labels.
     """
 
     equal: int = 0

@@ -31,6 +31,7 @@ class OpenForm:
         facts: what the graph holds; the size is the file's.
         runner: computes the form's arithmetic; not active yet.
         engine: what is known of an engine; None for ONNX files.
+        accumulation: terms after which the emulation of FP16 rounds running totals to FP16; None for FP32 sums.
     """
 
     path: Path
@@ -38,11 +39,15 @@ class OpenForm:
     facts: FormFacts
     runner: BaseRunner
     engine: EngineDescription | None
+    accumulation: int | None = None
 
     @property
     def measured(self) -> str:
         """Where and how the form's outputs are computed, for the record."""
-        return self.engine.measured if self.engine else self.facts.measured
+        if self.engine:
+            return self.engine.measured
+        totals = f", running totals of FP16 sums rounded after every {self.accumulation} terms"
+        return self.facts.measured + (totals if self.accumulation and self.facts.fp16 else "")
 
     @property
     def runtime(self) -> str:
@@ -64,7 +69,9 @@ class OpenForm:
         return runners.measure_latency(lambda: self.runner.infer(typed), runs=runs, threads=threads)
 
 
-def open_form(path: Path, *, name: str, threads: int = 1, plugins: Sequence[Path] = ()) -> OpenForm:
+def open_form(
+    path: Path, *, name: str, threads: int = 1, plugins: Sequence[Path] = (), accumulation: int | None = None
+) -> OpenForm:
     """Open a file.
 
     Args:
@@ -72,6 +79,7 @@ def open_form(path: Path, *, name: str, threads: int = 1, plugins: Sequence[Path
         name: name of the runner in Polygraphy's messages.
         threads: ONNX Runtime's threads within an operation.
         plugins: plugin libraries that an engine needs.
+        accumulation: terms after which the emulation of FP16 rounds running totals to FP16; None for FP32 sums.
 
     Raises:
         UserError: the file is missing or neither, or an engine of another machine.
@@ -83,4 +91,5 @@ def open_form(path: Path, *, name: str, threads: int = 1, plugins: Sequence[Path
         return OpenForm(path, model, runners.facts_of(model, path), runner, engine)
     model = load_model(path)
     facts = runners.facts_of(model, path)
-    return OpenForm(path, model, facts, runners.onnx_runner(path, facts, threads=threads, name=name), None)
+    runner = runners.onnx_runner(path, facts, threads=threads, name=name, accumulation=accumulation)
+    return OpenForm(path, model, facts, runner, None, accumulation)

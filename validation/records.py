@@ -13,7 +13,7 @@ import numpy as np
 
 from edgeattn.export.support import SupportReport
 from edgeattn.foundation import write_text
-from edgeattn.validation.metrics import HISTOGRAM_EDGES, TensorError
+from edgeattn.validation.metrics import HISTOGRAM_EDGES, METRICS, Confusion, TensorError
 from edgeattn.validation.runners import FormFacts, Latency
 from edgeattn.validation.tolerance import Tolerance, require_precision
 
@@ -28,6 +28,7 @@ class Form:
         precision: "fp32", "fp16" or "int8".
         plugin: the attention cores are nodes of domain `edgeattn`.
         plugin_libraries: libraries that an engine needs to load.
+        accumulation: terms after which the emulation of FP16 rounds running totals to FP16; None for FP32 sums.
 
     Raises:
         UserError: the precision is unknown.
@@ -38,6 +39,7 @@ class Form:
     precision: str
     plugin: bool
     plugin_libraries: tuple[Path, ...] = ()
+    accumulation: int | None = None
 
     def __post_init__(self) -> None:
         require_precision(self.precision)
@@ -45,10 +47,23 @@ class Form:
 
 @dataclass(frozen=True)
 class TaskScore:
-    """Mean IoU (0..1) over the classes that occur, and the IoU of each class, NaN where it does not occur."""
+    """What a network reaches on the task.
 
-    mean_iou: float
-    class_iou: tuple[float, ...]
+    Attributes:
+        metric: name of the task metric, see `edgeattn.validation.metrics.METRICS`.
+        value: its value, 0..1; NaN where nothing was scored.
+        by_class: the value of each class, NaN where it does not occur.
+    """
+
+    metric: str
+    value: float
+    by_class: tuple[float, ...]
+
+    @classmethod
+    def of(cls, metric: str, confusion: Confusion) -> TaskScore:
+        """Return the score that a confusion matrix amounts to."""
+        rule = METRICS[metric]
+        return cls(metric, rule.overall(confusion), tuple(float(score) for score in rule.classes(confusion)))
 
 
 @dataclass(frozen=True)
@@ -60,9 +75,9 @@ class FormParity:
         facts: what its file holds.
         measured: where and how the numbers were obtained.
         outputs: error of each output; empty when the form did not run.
-        label_agreement: fraction of pixels labelled as the original labels them.
+        label_agreement: fraction of labels, of pixels or of whole images, that are the original's.
         score: task metric against the targets.
-        task_drop: the original's mean IoU minus the form's (0..1).
+        task_drop: the original's task metric minus the form's (0..1).
         tolerance: limits, with their derivation.
         reasons: why it fails, one sentence each; empty when it passes.
         latency: as its runtime runs the file; None when not timed.
@@ -93,7 +108,7 @@ class SizeCheck:
         form: name of the form.
         size: (height, width) in pixels.
         relative_l2: largest relative L2 of a sample, by output.
-        label_agreement: fraction of pixels labelled as the original labels them.
+        label_agreement: fraction of labels, of pixels or of whole images, that are the original's.
         reasons: why it fails; empty when it passes or was skipped.
         skipped: why the size was not run; None when it was.
     """

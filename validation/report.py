@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import colorsys
 import io
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from edgeattn.foundation import write_text
-from edgeattn.validation.metrics import HISTOGRAM_EDGES
+from edgeattn.validation.metrics import HISTOGRAM_EDGES, METRICS
 from edgeattn.validation.records import Parity, Picture
 
 PICTURE_SIDE = 192
@@ -46,13 +46,20 @@ def write_report(parity: Parity, path: str | Path, *, manifest: Mapping[str, Any
     environment.filters |= {"scientific": _scientific, "percent": _percent, "points": _points, "megabytes": _megabytes}
     source = resources.files("edgeattn.validation").joinpath("templates/report.html.j2").read_text(encoding="utf-8")
     colours = palette(len(parity.classes))
+    occurring = _occurring(parity)
     page = environment.from_string(source).render(
         parity=parity,
         status=parity.status,
         outputs=_output_names(parity),
         histograms=[(name, _histogram(parity, name)) for name in _output_names(parity)],
-        pictures=[list(_panels(picture, colours)) for picture in parity.pictures],
-        legend=list(zip(parity.classes, colours, strict=True)),
+        pictures=[
+            list(_panels(picture, colours) if _has_masks(picture) else _captions(picture, parity.classes))
+            for picture in parity.pictures
+        ],
+        legend=list(zip(parity.classes, colours, strict=True)) if any(map(_has_masks, parity.pictures)) else [],
+        metric=METRICS[parity.original.metric],
+        occurring=occurring,
+        absent=len(parity.classes) - len(occurring),
         derivations=_derivations(parity),
         facts=[*_flat({"computed with": parity.environment}), *_flat(manifest)],
     )
@@ -92,6 +99,32 @@ def _flat(facts: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, str
             yield f"{prefix}{key}", ", ".join(map(str, value)) if isinstance(value, (list, tuple)) else str(value)
 
 
+def _occurring(parity: Parity) -> list[int]:
+    """Return the labels of the classes that the truth or some form holds."""
+    scores = np.array([parity.original.by_class, *(entry.score.by_class for entry in parity.forms)])
+    return [int(label) for label in np.flatnonzero(~np.isnan(scores).all(axis=0))]
+
+
+def _has_masks(picture: Picture) -> bool:
+    """Say whether a sample's labels are those of its pixels, not of the image as a whole."""
+    return int(picture.original[0].size) > 1
+
+
+def _captions(picture: Picture, classes: Sequence[str]) -> Iterator[dict[str, Any]]:
+    """Yield the images of a sample that has one label, as data URIs, with the label's name by everyone."""
+    original = int(picture.original.item())
+    yield {
+        "masks": False,
+        "inputs": [_photo(image) for image in picture.images],
+        "target": None if picture.target is None else classes[int(picture.target.item())],
+        "original": classes[original],
+        "forms": [
+            {"name": name, "label": classes[int(labels.item())], "differs": int(labels.item()) != original}
+            for name, labels in picture.forms.items()
+        ],
+    }
+
+
 def _panels(picture: Picture, colours: list[tuple[int, int, int]]) -> Iterator[dict[str, Any]]:
     """Yield, for each labelled image of a sample, its pictures as data URIs."""
     maps = len(picture.original)
@@ -99,6 +132,7 @@ def _panels(picture: Picture, colours: list[tuple[int, int, int]]) -> Iterator[d
         images = picture.images[index : index + 1] if maps == len(picture.images) else picture.images
         original = picture.original[index]
         yield {
+            "masks": True,
             "inputs": [_photo(image) for image in images],
             "target": None if picture.target is None else _mask(picture.target[index], colours),
             "original": _mask(original, colours),

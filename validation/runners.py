@@ -52,6 +52,7 @@ class FormFacts:
         fp16: some tensor has type FP16.
         qdq: the graph quantises.
         half_inputs: names of the graph inputs of type FP16.
+        bf16: some tensor has type BF16.
     """
 
     nodes: int
@@ -60,13 +61,17 @@ class FormFacts:
     fp16: bool
     qdq: bool
     half_inputs: tuple[str, ...] = ()
+    bf16: bool = False
 
     @property
     def measured(self) -> str:
         """Where and how the form's outputs are computed, for the record."""
         parts = [MEASURED_ON]
-        if self.fp16:
-            parts.append("FP16 emulated with rounding after each operation")
+        parts += [
+            f"{label} emulated with rounding after each operation"
+            for label, held in (("FP16", self.fp16), ("BF16", self.bf16))
+            if held
+        ]
         if self.qdq:
             parts.append("Q/DQ computed as written")
         return ", ".join(parts)
@@ -83,6 +88,7 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         outputs: names of what forward returns, in order.
         threads: torch's threads within an operation.
         name: name of the runner in Polygraphy's messages.
+        input_type: element type of the images.
     """
 
     def __init__(
@@ -91,10 +97,12 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         inputs: Sequence[str],
         outputs: Sequence[str],
         *,
+        input_type: np.dtype | type = np.float32,
         threads: int = 1,
         name: str = "PyTorch",
     ) -> None:
         super().__init__(name=name)
+        self.input_type = input_type
         self.threads = threads
         self._threads_before = threads
         self.module = module
@@ -120,14 +128,14 @@ class TorchRunner(BaseRunner):  # type: ignore[misc]
         """Return the input names; a module does not say which types and shapes it takes beyond float images."""
         metadata = TensorMetadata()
         for name in self.inputs:
-            metadata.add(name, dtype=np.float32, shape=(None, None, None, None))
+            metadata.add(name, dtype=np.dtype(self.input_type), shape=(None, None, None, None))
         return metadata
 
     def infer_impl(self, feed_dict: Mapping[str, np.ndarray]) -> OrderedDict[str, np.ndarray]:
         """Run the module.
 
         Args:
-            feed_dict: float32 images (batch, 3, height, width) by input name.
+            feed_dict: images by input name.
 
         Returns:
             Outputs by name.
@@ -152,7 +160,8 @@ def facts_of(model: onnx.ModelProto, path: str | Path) -> FormFacts:
         nodes=len(model.graph.node),
         plugin_nodes=sum(node.domain == DOMAIN for node in model.graph.node),
         bytes=Path(path).stat().st_size,
-        fp16=_holds_fp16(model),
+        fp16=_holds(model, TensorProto.FLOAT16),
+        bf16=_holds(model, TensorProto.BFLOAT16),
         qdq=any(node.op_type in _QDQ for node in _all_nodes(model)),
         half_inputs=tuple(
             value.name for value in model.graph.input if value.type.tensor_type.elem_type == TensorProto.FLOAT16
@@ -166,9 +175,9 @@ def _all_nodes(model: onnx.ModelProto) -> Iterator[onnx.NodeProto]:
         yield from function.node
 
 
-def _holds_fp16(model: onnx.ModelProto) -> bool:
+def _holds(model: onnx.ModelProto, half: int) -> bool:
+    """Say whether some tensor of a model has an element type."""
     graph = model.graph
-    half = TensorProto.FLOAT16
     declared = (value.type.tensor_type.elem_type for value in (*graph.input, *graph.output, *graph.value_info))
     constants = (
         attribute.i if attribute.name == "to" else attribute.t.data_type
@@ -193,24 +202,29 @@ def _session(
     return onnxruntime.InferenceSession(source, options, providers=["CPUExecutionProvider"])
 
 
-def onnx_runner(path: str | Path, facts: FormFacts, *, threads: int = 1, name: str = "ONNX") -> OnnxrtRunner:
+def onnx_runner(
+    path: str | Path, facts: FormFacts, *, threads: int = 1, name: str = "ONNX", accumulation: int | None = None
+) -> OnnxrtRunner:
     """Return a runner that computes a form's arithmetic as the graph states it, on ONNX Runtime's CPU provider.
 
-    ONNX Runtime's CPU provider does not round between FP16 operations, so a graph with FP16 tensors is replaced by its
-    emulation. Its fusion of Q/DQ into integer kernels is switched off: with FP16 scales it drifts from what the nodes
-    say.
+    ONNX Runtime's CPU provider does not round between FP16 operations, and has hardly any BF16 operation, so a graph
+    with such tensors is replaced by its emulation. Its fusion of Q/DQ into integer kernels is switched off: with FP16
+    scales it drifts from what the nodes say.
 
     Args:
         path: the ONNX file.
         facts: of the same file.
         threads: ONNX Runtime's threads within an operation.
         name: name of the runner in Polygraphy's messages.
+        accumulation: terms after which the emulation of FP16 rounds running totals to FP16; None for FP32 sums.
     """
     entries = {"session.disable_quant_qdq": "1"} if facts.qdq else {}
 
     def load() -> onnxruntime.InferenceSession:
-        source = emulate_fp16(load_model(path)).SerializeToString() if facts.fp16 else str(path)
-        return _session(source, threads=threads, entries=entries)
+        if not (facts.fp16 or facts.bf16):
+            return _session(str(path), threads=threads, entries=entries)
+        options = {} if accumulation is None else {"accumulation": accumulation}
+        return _session(emulate_fp16(load_model(path), **options).SerializeToString(), threads=threads, entries=entries)
 
     return OnnxrtRunner(load, name=name)
 
@@ -285,4 +299,4 @@ def native_latency(path: str | Path, feed: Mapping[str, np.ndarray], *, runs: in
     return measure_latency(lambda: session.run(None, typed), runs=runs, threads=threads)
 
 
-_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_NUMPY_TYPES = {"tensor(float)": np.float32, "tensor(uint8)": np.uint8, "tensor(float16)": np.float16}

@@ -13,6 +13,7 @@ from edgeattn.deploy.bundle.run_forms import Run
 from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original
 from edgeattn.foundation import UserError, sha256_of
 from edgeattn.models import ModelSpec
+from edgeattn.models.deployable import Deployment
 from edgeattn.validation.runners import TorchRunner
 
 
@@ -31,6 +32,11 @@ def checkpoint_of(run: Run, spec: ModelSpec, checkpoint: Path | None) -> Path:
     return path
 
 
+def deployment_of(run: Run) -> Deployment:
+    """Return what surrounds the network in the run's graphs."""
+    return Deployment(run.facts.get("preprocess", False), run.facts.get("postprocess"))
+
+
 def golden_samples(
     run: Run, spec: ModelSpec, checkpoint: Path, images: Path | None, count: int
 ) -> Iterator[tuple[str, bytes]]:
@@ -38,7 +44,7 @@ def golden_samples(
 
     Args:
         run: the run, which says the size.
-        spec: its model.
+        spec: its model, without what surrounds the network in the run's graphs.
         checkpoint: its weights.
         images: the folder that parity was judged on; the model's held-out samples when None.
         count: samples at most.
@@ -55,9 +61,11 @@ def golden_samples(
         )
     height, width = run.facts["size"]
     samples = EvaluationSamples(spec, images, (height, width), count)
-    original = load_original(spec, checkpoint, run.facts.get("layout"))
+    deployment = deployment_of(run)
+    original = deployment.original(spec, load_original(spec, checkpoint, run.facts.get("layout")))
+    spec = deployment.spec(spec)
     names = [output.name for output in spec.outputs]
-    with TorchRunner(original, spec.inputs, names) as runner:
+    with TorchRunner(original, spec.inputs, names, input_type=spec.input_type) as runner:
         for index, sample in enumerate(samples):
             inputs = spec.network_inputs(sample)
             outputs = {name: value for name, value in runner.infer(inputs).items() if name in spec.main_outputs}

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from edgeattn.deploy.bundle.golden import checkpoint_of, golden_samples
+from edgeattn.deploy.bundle.golden import checkpoint_of, deployment_of, golden_samples
 from edgeattn.deploy.bundle.plugin_sources import plugin_members
 from edgeattn.deploy.bundle.run_forms import BundledForm, Run, bundled_forms, read_run
 from edgeattn.deploy.bundle.signature import check_signature, read_private_key, sign_bundle
@@ -102,7 +102,8 @@ def make_bundle(request: BundleRequest, progress: Progress | None = None) -> Bun
     if request.private_key is not None:
         read_private_key(request.private_key, request.passphrase)  # an unusable key is refused before the work
     target, run = TARGETS.get(request.target), read_run(request.run)
-    spec = MODELS.get(run.facts["model"])
+    base = MODELS.get(run.facts["model"])
+    spec = deployment_of(run).spec(base)
     checkpoint = checkpoint_of(run, spec, request.checkpoint)
     forms = bundled_forms(run, target, request.axes)
     members = {f"model/{form.precision}.onnx": form.data for form in forms}
@@ -116,7 +117,7 @@ def make_bundle(request: BundleRequest, progress: Progress | None = None) -> Bun
         raise UserError(f"kernels are given ({request.kernels}), but the run has no plugin form. Drop --kernels.")
     tell("golden", 0, request.golden)
     samples: list[dict[str, object]] = []
-    for name, data in golden_samples(run, spec, checkpoint, request.images, request.golden):
+    for name, data in golden_samples(run, base, checkpoint, request.images, request.golden):
         members[name] = data
         samples.append({"file": name, "index": len(samples)})
         tell("golden", len(samples), request.golden)
@@ -217,9 +218,12 @@ def _content(
             "name": spec.name,
             "inputs": list(spec.inputs),
             "outputs": [
-                {"name": output.name, "meaning": output.meaning} for output in spec.outputs if not output.auxiliary
+                {"name": output.name, "meaning": output.meaning, "align_corners": spec.align_corners}
+                for output in spec.outputs
+                if not output.auxiliary
             ],
             "classes": list(spec.classes),
+            "metric": spec.metric,
             "preprocessing": dataclasses.asdict(spec.preprocessing),
             "size": list(run.facts["size"]),
         },

@@ -141,7 +141,7 @@ def _form(run: Run, entry: Mapping[str, Any], target: Target, axes: tuple[str, .
         data = model.SerializeToString(deterministic=True)
     support = _support(source, model, target)
     profiles = make_profiles(input_axes(model), ProfileOptions(axes=axes))
-    require_golden_fits(profiles, run.facts["size"])
+    require_golden_fits(profiles, run.facts["size"], channels_last=run.facts.get("preprocess", False))
     return BundledForm(
         entry["form"]["precision"],
         source,
@@ -154,14 +154,19 @@ def _form(run: Run, entry: Mapping[str, Any], target: Target, axes: tuple[str, .
     )
 
 
-def require_golden_fits(profiles: Sequence[Profile], size: Sequence[int]) -> None:
+def require_golden_fits(profiles: Sequence[Profile], size: Sequence[int], *, channels_last: bool = False) -> None:
     """Refuse ranges that leave out the golden samples, which are single images of the run's size.
+
+    Args:
+        profiles: ranges of the inputs.
+        size: (height, width) of the run.
+        channels_last: the inputs are (batch, height, width, 3).
 
     Raises:
         UserError: the message names the input and its range.
     """
     for entry in (entry for profile in profiles for entry in profile):
-        shape = (1, entry.optimum[1], *size)
+        shape = (1, *size, entry.optimum[3]) if channels_last else (1, entry.optimum[1], *size)
         if not all(
             low <= length <= high for low, length, high in zip(entry.minimum, shape, entry.maximum, strict=True)
         ):

@@ -137,7 +137,7 @@ def _verify(options: argparse.Namespace, system: System | None) -> int:
     for name, error in record["outputs"].items():
         print(f"{name}: relative L2 {error['worst_relative_l2']:.2e}, largest difference {error['max_abs']:.2e}")
     print(f"labels as the original's: {record['label_agreement']:.4%}")
-    print(f"mIoU {record['mean_iou']:.4f}, the original's {record['original_mean_iou']:.4f}")
+    print(f"{record['metric']} {record['score']:.4f}, the original's {record['original_score']:.4f}")
     for reason in record["reasons"]:
         print(f"FAIL: {reason}")
     return _conclude(workspace, "verify", options.precision, record)

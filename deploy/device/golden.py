@@ -58,36 +58,45 @@ def read_golden(path: Path) -> Golden:
 
 
 def labels_of(
-    outputs: Mapping[str, np.ndarray], meanings: Sequence[Mapping[str, str]], size: Sequence[int]
+    outputs: Mapping[str, np.ndarray], meanings: Sequence[Mapping[str, Any]], size: Sequence[int]
 ) -> np.ndarray:
     """Return integer labels (batch, K, H, W) from a network's outputs.
 
     Args:
         outputs: by name.
-        meanings: name and meaning of each output, as the manifest has them: the largest of "logits" resized to `size`
-            with aligned corners, or one map for each "probability" that exceeds a half.
+        meanings: name and meaning of each output, as the manifest has them: the largest of "logits" resized to `size`,
+            of "scores" or of "probabilities"; one map for each "probability" that exceeds a half; "labels" themselves.
         size: (height, width) of the input.
 
     Raises:
         DeviceError: an output has another meaning.
     """
     kinds = {entry["meaning"] for entry in meanings}
+    first = outputs[meanings[0]["name"]]
     if kinds == {"logits"} and len(meanings) == 1:
-        labels: np.ndarray = resized(outputs[meanings[0]["name"]], size).argmax(axis=1)[:, None]
-        return labels
+        first = resized(first, size, aligned=bool(meanings[0].get("align_corners", True)))
+    if kinds <= {"logits", "scores", "probabilities"} and len(meanings) == 1:
+        labels: np.ndarray = first.argmax(axis=1)
+        return labels[:, None] if labels.ndim == 3 else labels[:, None, None, None]
+    if kinds == {"labels"}:
+        return first.astype(np.int64)
     if kinds == {"probability"}:
         maps = np.concatenate([outputs[entry["name"]] for entry in meanings], axis=1)
         return (maps > 0.5).astype(np.int64)
     raise DeviceError(f"outputs that mean {', '.join(sorted(kinds))} have no labels. Use a newer edgeattn_device.")
 
 
-def resized(maps: np.ndarray, size: Sequence[int]) -> np.ndarray:
-    """Return (batch, channels, h, w) in FP32, resized bilinearly with aligned corners."""
+def resized(maps: np.ndarray, size: Sequence[int], *, aligned: bool = True) -> np.ndarray:
+    """Return (batch, channels, h, w) in FP32, resized bilinearly: with aligned corners, or aligned edges of pixels."""
     maps = maps.astype(np.float32, copy=False)
     for axis, length in ((2, size[0]), (3, size[1])):
         steps = maps.shape[axis] - 1
-        position = np.arange(length, dtype=np.float32) * np.float32(steps / (length - 1) if length > 1 else 0)
-        low = np.minimum(position.astype(np.int64), steps)
+        position = np.arange(length, dtype=np.float32)
+        if aligned:
+            position = position * np.float32(steps / (length - 1) if length > 1 else 0)
+        else:
+            position = np.maximum((position + np.float32(0.5)) * np.float32((steps + 1) / length) - np.float32(0.5), 0)
+        low = np.minimum(position.astype(np.int64), steps)  # positions are not negative, so this rounds down
         weight = (position - low).reshape([-1 if axis == other else 1 for other in range(4)])
         lower, upper = np.take(maps, low, axis), np.take(maps, np.minimum(low + 1, steps), axis)
         maps = lower * (1 - weight) + upper * weight
@@ -125,11 +134,13 @@ class Comparison:
         classes: how many labels there are.
         size: (height, width) that labels are made at.
         meanings: see `labels_of`.
+        metric: "mIoU", or "top-1" where an image as a whole has one label.
     """
 
     classes: int
     size: Sequence[int]
-    meanings: Sequence[Mapping[str, str]]
+    meanings: Sequence[Mapping[str, Any]]
+    metric: str = "mIoU"
     _errors: dict[str, _OutputError] = field(default_factory=dict)
     _equal: int = 0
     _labels: int = 0
@@ -144,7 +155,8 @@ class Comparison:
         for name, reference in golden.outputs.items():
             if name not in outputs:
                 raise DeviceError(f"the engine has no output {name!r}, only {', '.join(outputs)}. Build it again.")
-            self._errors.setdefault(name, _OutputError()).add(reference, outputs[name])
+            if not any(entry["name"] == name and entry["meaning"] == "labels" for entry in self.meanings):
+                self._errors.setdefault(name, _OutputError()).add(reference, outputs[name])
         labels = labels_of(outputs, self.meanings, self.size)
         self._equal += int(np.count_nonzero(labels == golden.labels))
         self._labels += labels.size
@@ -161,13 +173,14 @@ class Comparison:
             limits: the derived tolerances of the bundle; None where a quantity is not judged.
         """
         agreement = self._equal / self._labels
-        scores = {name: _mean_iou(counts) for name, counts in self._confusions.items()}
+        scores = {name: _METRICS[self.metric](counts) for name, counts in self._confusions.items()}
         drop = scores["original"] - scores["engine"]
         return {
             "outputs": {name: vars(error) for name, error in self._errors.items()},
             "label_agreement": agreement,
-            "mean_iou": scores["engine"],
-            "original_mean_iou": scores["original"],
+            "metric": self.metric,
+            "score": scores["engine"],
+            "original_score": scores["original"],
             "task_drop": drop,
             "limits": dict(limits),
             "reasons": (reasons := list(self._reasons(limits, agreement, drop))),
@@ -185,10 +198,17 @@ class Comparison:
         if limits["label_agreement"] is not None and not agreement >= limits["label_agreement"]:
             yield f"label agreement {agreement:.3%} is below {limits['label_agreement']:.3%}"
         if limits["task_drop"] is not None and not abs(drop) <= limits["task_drop"]:
-            yield f"mIoU differs by {100 * drop:.2f} points, more than {100 * limits['task_drop']:.2f}"
+            yield f"{self.metric} differs by {100 * drop:.2f} points, more than {100 * limits['task_drop']:.2f}"
 
 
 def _mean_iou(counts: np.ndarray) -> float:
     intersection = np.diag(counts)
     union = counts.sum(0) + counts.sum(1) - intersection
     return float((intersection[union > 0] / union[union > 0]).mean())
+
+
+def _accuracy(counts: np.ndarray) -> float:
+    return float(np.trace(counts) / counts.sum())
+
+
+_METRICS = {"mIoU": _mean_iou, "top-1": _accuracy}

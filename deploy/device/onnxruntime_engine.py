@@ -12,7 +12,7 @@ import onnxruntime
 from .engines import Arrays, Backend, BuildRequest, Built, Session, Tell
 from .errors import DeviceError
 
-_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16}
+_TYPES = {"tensor(float)": np.float32, "tensor(float16)": np.float16, "tensor(uint8)": np.uint8}
 
 
 class OnnxRuntimeSession:

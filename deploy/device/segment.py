@@ -14,6 +14,7 @@ from .engines import Backend, Tell
 from .errors import DeviceError
 from .files import write_bytes
 from .golden import labels_of
+from .manifest import canonical
 from .pictures import Picture, pictures, pillow
 from .verify import open_session, typed
 from .workspace import Workspace
@@ -32,6 +33,8 @@ def segment(
     form: str = FORMATS[0],
 ) -> dict[str, Any]:
     """Write a mask of labels for each image; networks of several inputs take consecutive images.
+
+    Where an image as a whole has one label, `labels.json` in place of masks says it by the image's name.
 
     Args:
         workspace: the checked bundle.
@@ -53,6 +56,7 @@ def segment(
     count, size = len(model["inputs"]), tuple(model["size"])
     seconds = 0.0
     written: list[str] = []
+    named: dict[str, dict[str, object]] = {}
     group: list[Picture] = []
     with open_session(workspace, name, backend) as session:
         for picture in pictures(images, size):
@@ -65,18 +69,26 @@ def segment(
             begin = time.perf_counter()
             outputs = session.run(feed)
             seconds += time.perf_counter() - begin
-            maps = labels_of(outputs, model["outputs"], size)[0].astype(np.uint8)
+            maps = labels_of(outputs, model["outputs"], size)[0]
+            if maps.size == 1:
+                label = int(maps[0, 0, 0])
+                named[group[0].name] = {"label": label, "class": model["classes"][label]}
+                group = []
+                continue
             # One map belongs to the first image; where there are as many as images, each has its own.
             for labelled, mask in zip(group, maps):  # noqa: B905
                 path = output / f"{labelled.name}.{form}"
-                write_bytes(path, encoded(mask, form))
+                write_bytes(path, encoded(mask.astype(np.uint8), form))
                 written.append(path.name)
             group = []
-    if not written:
+    if not written and not named:
         raise DeviceError(f"{len(group)} images are given, but the network takes {count} at a time. Give more.")
+    if named:
+        write_bytes(output / "labels.json", canonical(named))
     return {
         "measured": backend.measured(),
         "masks": written,
+        "labels": named,
         "unused": [picture.name for picture in group],
         "classes": model["classes"],
         "seconds_in_engine": seconds,
@@ -84,7 +96,9 @@ def segment(
 
 
 def preprocessed(image: np.ndarray, rule: Mapping[str, Any]) -> np.ndarray:
-    """Turn an RGB image (H, W, 3) uint8 into a float32 array (1, 3, H, W) as the network was trained on."""
+    """Turn an RGB image (H, W, 3) uint8 into a network input: itself where the graph does the rest, else normalised."""
+    if rule.get("in_graph"):
+        return np.ascontiguousarray(image[None])
     ordered = image if rule["colour_order"] == "RGB" else image[..., ::-1]
     mean, std = np.asarray(rule["mean"], np.float32), np.asarray(rule["std"], np.float32)
     normal = (ordered.astype(np.float32) * np.float32(rule["scale"]) - mean) / std

@@ -24,7 +24,7 @@ def verify(workspace: Workspace, precision: str | None, backend: Backend, tell: 
     name, entry = workspace.manifest.precision(precision)
     content = workspace.manifest.content
     model = content["model"]
-    comparison = Comparison(len(model["classes"]), model["size"], model["outputs"])
+    comparison = Comparison(len(model["classes"]), model["size"], model["outputs"], model.get("metric", "mIoU"))
     with open_session(workspace, name, backend) as session:
         for sample in content["golden"]["samples"]:
             tell(sample["file"])

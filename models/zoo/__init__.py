@@ -1,3 +1,3 @@
 """Declarations of the networks; importing this package fills the registry."""
 
-from edgeattn.models.zoo import ccnet, cosnet  # noqa: F401
+from edgeattn.models.zoo import ccnet, classifiers, cosnet, few_shot, mmseg, recognition, san, segmentation  # noqa: F401

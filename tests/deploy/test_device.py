@@ -301,7 +301,7 @@ def test_wrong_model_fails_with_the_figures(tmp_path: Path, capsys: pytest.Captu
     record = record_of(tmp_path / "tiny", "verify.fp32")
     assert record["verdict"] == "FAIL"
     assert record["outputs"]["logits"]["worst_relative_l2"] == pytest.approx(2.0)
-    assert record["original_mean_iou"] == 1.0
+    assert record["original_score"] == 1.0
     assert len(record["reasons"]) == 3
     assert "FAIL: output logits: relative L2 2.00e+00 exceeds 1.00e-05" in capsys.readouterr().out
 

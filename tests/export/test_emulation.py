@@ -11,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
+from edgeattn.export.accumulation import ACCUMULATION_BLOCK
 from edgeattn.export.emulation import emulate_fp16
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import spec_of
@@ -190,3 +191,151 @@ def test_fp16_inside_control_flow_is_refused() -> None:
 def test_fp32_model_is_left_alone() -> None:
     model = parse("net (float[2] x) => (float[2] y) { t = Relu (x)  y = Mul (t, t) }")
     assert [node.op_type for node in emulate_fp16(model).graph.node] == ["Relu", "Mul"]
+
+
+# ---------------------------------------------------------------------------------------------------------------- BF16
+
+
+def test_bf16_equals_torch() -> None:
+    """BF16 results of single operations and of a product, at the default optimisation level."""
+    rng = np.random.default_rng(0)
+    a, b = (torch.from_numpy(rng.standard_normal((6, 40)).astype(np.float32)).bfloat16() for _ in range(2))
+    model = parse(
+        "net (bfloat16[6,40] a, bfloat16[6,40] b) => (bfloat16[6,40] s, bfloat16[6,6] m)"
+        "{ p = Mul (a, b)  s = Add (p, b)  t = Transpose (b)  m = MatMul (a, t) }"
+    )
+    s, m = run(emulate_fp16(model), a=a.float().numpy(), b=b.float().numpy())
+    np.testing.assert_array_equal(s, (a * b + b).float().numpy())
+    # Sums in another order may round to the neighbour.
+    np.testing.assert_allclose(m, (a @ b.T).float().numpy(), rtol=2.0**-7, atol=1e-3)
+
+
+# -------------------------------------------------------------------------------------------------- FP16 accumulation
+
+UNIFORM = np.random.default_rng(5)
+
+
+def uniform(*shape: int) -> np.ndarray:
+    """Numbers from 0 to 1, so that running totals grow; FP16 numbers."""
+    return UNIFORM.uniform(0, 1, shape).astype(np.float16)
+
+
+def totals(left: np.ndarray, right: np.ndarray, block: int = ACCUMULATION_BLOCK) -> np.ndarray:
+    """Return a product whose running total is rounded to FP16 after every block, as numpy adds up."""
+    total = np.zeros((), np.float16)
+    for start in range(0, left.shape[-1], block):
+        terms = slice(start, start + block)
+        partial = left[..., terms].astype(np.float32) @ right[..., terms, :].astype(np.float32)
+        total = (total.astype(np.float32) + partial).astype(np.float16)
+    return total.astype(np.float32)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_products_accumulate_in_fp16(level: ort.GraphOptimizationLevel) -> None:
+    a, b = uniform(3, 5, 100), uniform(100, 7)
+    model = parse("net (float16[3,5,100] a, float16[100,7] b) => (float16[3,5,7] y) { y = MatMul (a, b) }")
+    inputs = {"a": a.astype(np.float32), "b": b.astype(np.float32)}
+    (rounded,) = run(emulate_fp16(model, accumulation=ACCUMULATION_BLOCK), level, **inputs)
+    np.testing.assert_array_equal(rounded, totals(a, b))
+    assert np.abs(rounded - run(emulate_fp16(model), level, **inputs)[0]).max() > 0
+    (whole,) = run(emulate_fp16(model, accumulation=100), level, **inputs)
+    np.testing.assert_array_equal(whole, run(emulate_fp16(model), level, **inputs)[0])
+
+
+@pytest.mark.parametrize(("transposed", "alpha", "beta"), [(0, 1.0, 1.0), (1, 0.5, 2.0)])
+def test_general_products_accumulate_in_fp16(transposed: int, alpha: float, beta: float) -> None:
+    a, b, c = uniform(4, 50), uniform(50, 6), uniform(6)
+    given = b.T.copy() if transposed else b
+    model = parse(
+        f"net (float16[4,50] a) => (float16[4,6] y)"
+        f"{{ y = Gemm <transB = {transposed}, alpha = {alpha}, beta = {beta}> (a, b, c) }}",
+        b=given,
+        c=c,
+    )
+    (rounded,) = run(emulate_fp16(model, accumulation=16), a=a.astype(np.float32))
+    expected = totals((a.astype(np.float32) * alpha), b) + np.float32(beta) * c.astype(np.float32)
+    np.testing.assert_array_equal(rounded, expected.astype(np.float16).astype(np.float32))
+
+
+@pytest.mark.parametrize(("channels", "kernel", "groups"), [(40, 1, 1), (12, 3, 1), (80, 1, 2), (24, 3, 2)])
+def test_convolutions_accumulate_in_fp16(channels: int, kernel: int, groups: int) -> None:
+    x, weight, bias = uniform(2, channels, 5, 4), uniform(6, channels // groups, kernel, kernel), uniform(6)
+    pad = kernel // 2
+    model = parse(
+        f"net (float16[2,{channels},5,4] x) => (float16[2,6,5,4] y)"
+        f"{{ y = Conv <group = {groups}, pads = [{pad}, {pad}, {pad}, {pad}]> (x, w, b) }}",
+        w=weight,
+        b=bias,
+    )
+    (rounded,) = run(emulate_fp16(model, accumulation=16), x=x.astype(np.float32))
+    step, inside = max(1, 16 // kernel**2), channels // groups
+    total = torch.zeros(2, 6, 5, 4)
+    for start in range(0, inside, step):
+        chosen = [
+            group * inside + place for group in range(groups) for place in range(start, min(start + step, inside))
+        ]
+        block = torch.from_numpy(x[:, chosen].astype(np.float32))
+        part = torch.from_numpy(weight[:, start : start + step].astype(np.float32))
+        total = (total + torch.conv2d(block, part, padding=pad, groups=groups)).half().float()
+    expected = (total + torch.from_numpy(bias.astype(np.float32))[:, None, None]).half().float().numpy()
+    # Within a block the order of FP32 sums differs, which may tip a rounding.
+    np.testing.assert_allclose(rounded, expected, rtol=2.0**-10)
+    assert np.mean(rounded == expected) > 0.95
+
+
+@pytest.mark.parametrize(
+    ("node", "shape"),
+    [
+        ("ReduceSum <keepdims = 0> (x, axes)", "2,3"),
+        ("ReduceMean <keepdims = 1> (x, axes)", "2,3,1,1"),
+        ("GlobalAveragePool (x)", "2,3,1,1"),
+    ],
+)
+def test_reductions_accumulate_in_fp16(node: str, shape: str) -> None:
+    x = uniform(2, 3, 20, 15)
+    text = f"net (float16[2,3,20,15] x) => (float16[{shape}] y) <int64[2] axes = {{2, 3}}> {{ y = {node} }}"
+    (rounded,) = run(emulate_fp16(parse(text.replace('": 19', '": 18')), accumulation=16), x=x.astype(np.float32))
+    expected = totals(x.reshape(2, 3, 300), np.ones((2, 300, 1), np.float16))[..., 0]
+    if "Sum" not in node:
+        expected = (expected / 300).astype(np.float16).astype(np.float32)
+    np.testing.assert_array_equal(rounded.reshape(2, 3), expected)
+
+
+def test_softmax_denominators_accumulate_in_fp16() -> None:
+    x = uniform(2, 400, 3)
+    model = parse("net (float16[2,400,3] x) => (float16[2,400,3] y) { y = Softmax <axis = 1> (x) }")
+    (rounded,) = run(emulate_fp16(model, accumulation=16), x=x.astype(np.float32))
+    weights = np.exp((x - x.max(1, keepdims=True)).astype(np.float32)).astype(np.float16)
+    denominator = totals(weights.transpose(0, 2, 1), np.ones((2, 400, 1), np.float16)).transpose(0, 2, 1)
+    expected = (weights.astype(np.float32) / denominator).astype(np.float16).astype(np.float32)
+    np.testing.assert_allclose(rounded, expected, rtol=2.0**-10)
+
+
+def test_means_of_many_numbers_overflow() -> None:
+    model = parse("net (float16[1,1,400,256] x) => (float16[1,1,1,1] y) { y = GlobalAveragePool (x) }")
+    x = np.full((1, 1, 400, 256), 1.5, np.float32)
+    assert run(emulate_fp16(model), x=x)[0].item() == 1.5
+    assert run(emulate_fp16(model, accumulation=16), x=x)[0].item() == np.inf
+
+
+def test_what_does_not_accumulate_in_fp16() -> None:
+    """FP32 islands, BF16, INT8 products, and sums of one block."""
+    island = parse(
+        """net (float16[4,64] x) => (float16[4,4] y) {
+            w = Cast <to = 1> (x)  t = Transpose (w)  e = MatMul (w, t)  y = Cast <to = 10> (e) }"""
+    )
+    short = parse("net (float16[4,16] a, float16[16,4] b) => (float16[4,4] y) { y = MatMul (a, b) }")
+    brain = parse("net (bfloat16[4,64] a, bfloat16[64,4] b) => (bfloat16[4,4] y) { y = MatMul (a, b) }")
+    int8 = parse(
+        """net (int8[4,64] a, int8[64,4] b) => (float16[4,4] y) {
+            c = DequantizeLinear (a, s)  d = DequantizeLinear (b, s)  y = MatMul (c, d) }""",
+        s=np.float16(0.5),
+    )
+    for model in (island, short, brain, int8):
+        assert emulate_fp16(model, accumulation=16).SerializeToString() == emulate_fp16(model).SerializeToString()
+
+
+def test_accumulation_needs_fixed_sizes() -> None:
+    model = parse("net (float16[N,K] a, float16[K,4] b) => (float16[N,4] y) { y = MatMul (a, b) }")
+    with pytest.raises(UserError, match="without --dynamic"):
+        emulate_fp16(model, accumulation=16)

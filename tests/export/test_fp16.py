@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
 from edgeattn.export.emulation import emulate_fp16
-from edgeattn.export.fp16 import to_fp16
-from edgeattn.export.precision_types import check_types
+from edgeattn.export.fp16 import to_bf16, to_fp16
+from edgeattn.export.precision_types import BF16, FP16, check_types
+from edgeattn.export.ranges import OVERFLOW_MARGIN, measure_ranges
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import spec_of
 from edgeattn.plugins_trt.onnx_form import local_function
@@ -521,3 +522,131 @@ def test_dequantised_tensor_read_in_both_precisions_is_not_cast() -> None:
 def test_old_opset_with_qdq_is_refused() -> None:
     with pytest.raises(UserError, match="opset 17"):
         to_fp16(quantised(0.003, opset=17))
+
+
+# ---------------------------------------------------------------------------------------------------- measured ranges
+
+SMALL = np.random.default_rng(4).standard_normal((5, 4)).astype(np.float32)
+
+
+def chain() -> onnx.ModelProto:
+    """Numbers that leave FP16's range upwards, come back, leave it downwards and come back."""
+    head = "<float[4] up = {9e3, 8e3, -9e3, 7e3}, float[4] down = {1e-4, 2e-4, 1e-4, 1e-4}>"
+    body = """
+        a = Relu (x)  b = Mul (a, up)  c = Mul (b, up)  t = Transpose <perm = [1, 0]> (c)  d = Transpose (t)
+        e = Mul (d, down)  f = Mul (e, down)  g = Mul (f, down)  h = Mul (g, down)  i = Mul (h, down)
+        j = Mul (i, up)  y = Sigmoid (j)
+    """
+    return small(body, "float[N,4] x", "float[N,4] y, float[N,4] b, float[N,4] i", head=head)
+
+
+def test_measured_ranges_make_closed_islands() -> None:
+    model = chain()
+    ranges = measure_ranges(model, [{"x": SMALL}, {"x": 0.5 * SMALL}])
+    assert ranges.batches == 2
+    peak = np.abs(run(model, x=SMALL)[1]).max()
+    assert ranges.tensors["b"].peak == pytest.approx(peak)
+    policy, result = to_fp16(model), to_fp16(model, ranges=ranges)
+    assert not relative(run(emulate_fp16(policy.model), x=SMALL)[0], run(model, x=SMALL)[0]) < 0.1
+    for output, expected in zip(run(emulate_fp16(result.model), x=SMALL), run(model, x=SMALL), strict=True):
+        assert relative(output, expected) < 4e-3
+    # c overflows, i vanishes; what makes and reads them is FP32, as is what lies between them, without a cast inside.
+    assert {"node_c", "node_t", "node_d", "node_e"} <= set(result.fp32_nodes)
+    assert "node_a" not in result.fp32_nodes
+    inner = {source for source, _ in casts(result.model)} & {"c", "t", "d"}
+    assert not inner
+    assert "on the calibration data c reaches" in result.fp32_nodes["node_c"]
+    assert any("that FP16 cannot hold; the worst: on the calibration data" in note for note in result.notes)
+    assert types_of(result.model)["a"] == TensorProto.FLOAT16
+
+
+@pytest.mark.parametrize(
+    ("factor", "defect"),
+    [
+        (1.01 * 65504 / OVERFLOW_MARGIN, "exceeds"),
+        (0.99 * 65504 / OVERFLOW_MARGIN, None),
+        (1.0, None),
+        (2.0**-15, None),  # the largest numbers keep ten of their eleven digits, and the norm is theirs
+        (2.0**-20, "loses"),
+        (1e-30, "loses 100.00%"),
+        (1e38, "exceeds"),
+        (0.0, None),
+    ],
+)
+def test_what_fp16_cannot_hold(factor: float, defect: str | None) -> None:
+    x = (SMALL / np.abs(SMALL).max() * np.float32(factor)).astype(np.float32)
+    found = measure_ranges(small("y = Relu (x)"), [{"x": x}]).defect("x")
+    assert (found is None) if defect is None else (found is not None and defect in found), found
+
+
+def test_quantised_tensors_have_the_range_of_their_source() -> None:
+    model = quantised(0.003)
+    model.graph.initializer[0].CopyFrom(numpy_helper.from_array(np.float32(700.0), "s"))
+    ranges = measure_ranges(model, [{"x": 5e4 * X}])
+    result = to_fp16(model, ranges=ranges)
+    types = types_of(result.model)
+    assert {types[name] for name in ("a", "d", "c")} == {TensorProto.FLOAT}
+    assert "on the calibration data a reaches" in result.fp32_nodes["node_c"]
+
+
+def test_ranges_of_another_type_are_refused() -> None:
+    with pytest.raises(ValueError, match="measured for BF16"):
+        to_fp16(chain(), ranges=measure_ranges(chain(), [{"x": SMALL}], BF16))
+
+
+def test_operator_types_stay_fp32(plain: onnx.ModelProto, plugin: onnx.ModelProto) -> None:
+    kept = to_fp16(plain, keep_fp32=["Conv"]).fp32_nodes
+    assert {f"node_{name}" for name in ("stem", "mid", "query", "key", "value", "logits")} <= set(kept)
+    # An operator inside a plugin's function chooses the plugin.
+    assert to_fp16(plugin, keep_fp32=["Softmax"]).fp32_nodes == {"node_attended": "asked for"}
+
+
+# ---------------------------------------------------------------------------------------------------------------- BF16
+
+
+def test_bf16_has_the_islands_of_fp16(plain: onnx.ModelProto) -> None:
+    result, half = to_bf16(plain), to_fp16(plain)
+    assert set(result.fp32_nodes) == set(half.fp32_nodes)
+    assert result.model.opset_import[0].version == 22
+    assert "opset 18 became 22" in result.notes[0]
+    types = types_of(result.model)
+    assert {types[name] for name in ("stem", "feature", "context", "w_stem")} == {TensorProto.BFLOAT16}
+    assert {types[name] for name in ("energy", "attention", "logits")} == {TensorProto.FLOAT}
+    assert len(casts(result.model)) == len(casts(half.model))
+    assert not np.any([value == TensorProto.FLOAT16 for value in types.values()])
+    (reference,), (rounded,) = run(plain, image=IMAGE), run(emulate_fp16(result.model), image=IMAGE)
+    assert BF16.unit / 4 < relative(rounded, reference) < 4 * np.sqrt(2 * 10) * BF16.unit
+
+
+def test_bf16_of_plugins(plugin: onnx.ModelProto) -> None:
+    result = to_bf16(plugin)
+    node = next(node for node in result.model.graph.node if node.domain == "edgeattn")
+    types = types_of(result.model)
+    assert {types[name] for name in (*node.input, *node.output)} == {TensorProto.BFLOAT16}
+    assert result.model.functions[0].opset_import[0].version == 22
+    assert relative(run(emulate_fp16(result.model), image=IMAGE)[0], run(plugin, image=IMAGE)[0]) < 5e-2
+
+
+def test_bf16_holds_what_fp16_cannot() -> None:
+    model = small("a = Relu (x)  y = Add (a, c)", head="<float c = {1e6}>")
+    assert to_fp16(model).notes
+    result = to_bf16(model)
+    assert result.fp32_nodes == {}
+    assert measure_ranges(chain(), [{"x": SMALL}], BF16).defect("c") is None
+    assert measure_ranges(chain(), [{"x": SMALL}], FP16).defect("c") is not None
+
+
+def test_grid_modes_are_renamed() -> None:
+    body = 'a = Relu (x)  b = GridSample <mode = "bilinear"> (a, g)  y = Relu (b)'
+    model = small(body, "float[1,1,4,4] x, float[1,3,3,2] g", "float[1,1,3,3] y")
+    inputs = {"x": np.arange(16, dtype=np.float32).reshape(1, 1, 4, 4), "g": np.linspace(-1, 1, 18, dtype=np.float32)}
+    inputs["g"] = inputs["g"].reshape(1, 3, 3, 2)
+    result = to_bf16(model)
+    np.testing.assert_allclose(run(emulate_fp16(result.model), **inputs)[0], run(model, **inputs)[0], rtol=2e-2)
+
+
+def test_bf16_refuses_operators_that_changed() -> None:
+    body = "y = GroupNormalization <num_groups = 2> (x, s, b)"
+    head = "<float[2] s = {1.0, 1.0}, float[2] b = {0.0, 0.0}>"
+    with pytest.raises(UserError, match=r"GroupNormalization \(node_y\) of opset 18"):
+        to_bf16(small(body, "float[1,4,3,3] x", "float[1,4,3,3] y", head))

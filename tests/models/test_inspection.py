@@ -31,7 +31,7 @@ def test_a_bundled_checkpoint():
     assert found.certain == ("ccnet-digits",)
     assert found.guesses[0].certainty == 1
     assert all(guess.certainty < 1 for guess in found.guesses[1:])
-    assert "ccnet-digits at 128x160" in found.export()
+    assert "ccnet-digits at 128x160 (layout official)" in found.export()
     (block,) = found.blocks
     assert any(candidate.startswith("rcca ") for candidate in block.candidates)
     assert found.as_dict()["guesses"][0]["certainty"] == 1

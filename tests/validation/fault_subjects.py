@@ -71,9 +71,10 @@ def _digits(split: str, seed: int, count: int) -> Iterator[Sample]:
 CLASSIFIER = ModelSpec(
     name="classifier-digits",
     summary="small classifier with SE, CBAM and a transformer layer",
-    build=lambda: Classifier().eval(),
+    network=Classifier,
+    arguments={},
+    small={},
     original="unused:unused",
-    original_arguments={},
     inputs=("image",),
     outputs=(OutputSpec("logits", "logits"),),
     preprocessing=Preprocessing("RGB", 1 / 255, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25)),

@@ -6,7 +6,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
 
-from edgeattn.validation.metrics import HISTOGRAM_EDGES, Agreement, Confusion, TensorComparison
+from edgeattn.models import MODELS
+from edgeattn.validation.metrics import HISTOGRAM_EDGES, METRICS, Agreement, Confusion, TensorComparison
 
 FINITE = st.floats(-1e6, 1e6, width=32)
 PAIRS = hnp.arrays(np.float32, st.tuples(st.integers(1, 4), st.integers(1, 30)), elements=FINITE).flatmap(
@@ -102,6 +103,25 @@ def test_iou_counts_pixels(target, prediction):
 
 def test_iou_without_pixels_is_nan():
     assert np.isnan(Confusion(3).mean_iou())
+    assert np.isnan(Confusion(3).accuracy())
+
+
+@given(LABELS, LABELS)
+def test_accuracy_counts_labels(target, prediction):
+    confusion = Confusion(4)
+    confusion.add(target, prediction)
+    assert confusion.accuracy() == pytest.approx((target == prediction).mean())
+    for label, score in enumerate(confusion.class_accuracy()):
+        of_class = target == label
+        if of_class.any():
+            assert score == pytest.approx((prediction[of_class] == label).mean())
+        else:
+            assert np.isnan(score)
+
+
+def test_every_metric_of_the_models_is_known():
+    assert {spec.metric for spec in MODELS} <= METRICS.keys()
+    assert all(name == metric.name for name, metric in METRICS.items())
 
 
 @pytest.mark.parametrize(("target", "prediction"), [([3], [0]), ([0], [-1])])

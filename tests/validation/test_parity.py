@@ -19,6 +19,7 @@ from edgeattn.models.spec import ModelSpec, OutputSpec, Preprocessing, Sample
 from edgeattn.validation import open_form, runners
 from edgeattn.validation.engine_runner import EngineDescription
 from edgeattn.validation.parity import Form, compare_forms, compare_sizes, write_parity
+from edgeattn.validation.tolerance import UserLimits
 
 HEIGHT, WIDTH, COUNT = 24, 32, 5
 
@@ -52,9 +53,10 @@ PREPROCESSING = Preprocessing("RGB", 1 / 255, (0.5, 0.5, 0.5), (0.25, 0.25, 0.25
 SPEC = ModelSpec(
     name="tiny",
     summary="one convolution",
-    build=lambda: Segmenter().eval(),
+    network=Segmenter,
+    arguments={},
+    small={},
     original="unused:unused",
-    original_arguments={},
     inputs=("image",),
     outputs=(OutputSpec("logits", "logits"), OutputSpec("extra", "logits", auxiliary=True)),
     preprocessing=PREPROCESSING,
@@ -132,7 +134,7 @@ def test_right_form_passes(tmp_path):
     assert entry.outputs["logits"].worst_relative_l2 <= entry.tolerance.relative_l2 <= 1e-5
     assert entry.label_agreement == 1.0
     assert entry.score == parity.original
-    assert 0.5 < parity.original.mean_iou < 1
+    assert 0.5 < parity.original.value < 1
     assert entry.measured == f"CPU, ONNX Runtime {parity.environment['onnxruntime']}"
     assert [picture.target.shape for picture in parity.pictures] == [(1, HEIGHT, WIDTH)] * 2
     np.testing.assert_array_equal(parity.pictures[1].forms["right"], parity.pictures[1].original)
@@ -192,7 +194,7 @@ def test_labels_of_the_original_stand_in_for_missing_targets(tmp_path):
     parity = compare_forms(SPEC, Segmenter(), [coarse], [*unlabelled, *samples(1)], latency_runs=0)
     only = compare_forms(SPEC, Segmenter(), [coarse], unlabelled, latency_runs=0)
     assert (parity.unlabelled, only.unlabelled) == (2, 2)
-    assert parity.original.mean_iou < only.original.mean_iou == 1.0
+    assert parity.original.value < only.original.value == 1.0
     assert "2 samples have no target" in only.forms[0].reasons[0]
     assert only.pictures[0].target is None
 
@@ -204,6 +206,37 @@ def test_fp16_is_judged_by_labels_and_its_own_limit(tmp_path):
     assert entry.label_agreement >= 0.995
     assert 1e-4 < entry.outputs["logits"].relative_l2 <= entry.tolerance.relative_l2 < 1e-2
     assert entry.measured.endswith("FP16 emulated with rounding after each operation")
+
+
+def test_int8_beyond_its_noise_fails_where_the_task_does_not_notice(tmp_path):
+    fine = Form("fine", quantised(tmp_path / "fine.onnx", 2 / 127), "int8", plugin=False)
+    rough = Form("rough", quantised(tmp_path / "rough.onnx", 40 / 127), "int8", plugin=False)
+    spec = dataclasses.replace(SPEC, labels=lambda outputs, size: (outputs["logits"] > -1e9).long()[:, :1])
+    good, bad = compare_forms(spec, Segmenter(), [fine, rough], samples(), latency_runs=0).forms
+    assert good.passed
+    assert bad.task_drop == 0
+    assert bad.reasons[0].startswith("output logits: relative L2")
+
+
+def test_limits_of_the_user_replace_the_derived_ones(tmp_path):
+    form = right(tmp_path / "right.onnx")
+    wrong = Form("wrong", write_form(tmp_path / "wrong.onnx", weight=WEIGHT * np.float32(1.0001)), "fp32", plugin=False)
+    tight, loose = UserLimits.parse(["1e-9"]), UserLimits.parse(["logits:1e-3"])
+    assert not judge(form, limits=tight).passed
+    parity = judge(form, wrong, limits=loose)
+    assert parity.passed
+    assert parity.as_dict()["forms"][1]["tolerance"]["outputs"] == [
+        {"output": "logits", "relative_l2": 1e-3, "max_abs": None}
+    ]
+    assert "Set by the user" in parity.forms[1].tolerance.derivation
+    peak = parity.forms[1].outputs["logits"].max_abs
+    assert judge(wrong, limits=UserLimits.parse([], [f"logits:{1.01 * peak}"])).passed
+    reasons = judge(wrong, limits=UserLimits.parse([], [f"logits:{0.99 * peak}"])).forms[0].reasons
+    assert reasons[0].startswith("output logits: absolute difference")
+    checks = compare_sizes(SPEC, Segmenter(), [wrong], [(17, 33)], limits=loose)
+    assert checks[0].reasons == ()
+    with pytest.raises(UserError, match="'extra', but the model has logits"):
+        judge(form, limits=UserLimits.parse(["extra:1"]))
 
 
 def test_declarations_are_checked_against_the_file(tmp_path):

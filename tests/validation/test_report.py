@@ -45,7 +45,7 @@ def form_parity(name, precision, error, reasons=()):
         measured="CPU, ONNX Runtime 9.9.9",
         outputs={} if "broken" in name else {"logits": comparison.result()},
         label_agreement=float("nan") if "broken" in name else 0.98765,
-        score=TaskScore(0.81234, (0.9, float("nan"))),
+        score=TaskScore("mIoU", 0.81234, (0.9, float("nan"))),
         task_drop=0.00567,
         tolerance=tolerance(precision, Arithmetic(12, 576, 9), peak=12.0, rms=3.0),
         reasons=reasons,
@@ -63,7 +63,7 @@ def parity():
         classes=CLASSES,
         samples=200,
         unlabelled=0,
-        original=TaskScore(0.81801, (0.9, 0.7)),
+        original=TaskScore("mIoU", 0.81801, (0.9, 0.7)),
         original_latency=Latency(20.0, 10, 2),
         forms=(
             form_parity("fp32", "fp32", 1e-7),

@@ -10,8 +10,11 @@ from pathlib import Path
 import numpy as np
 
 from edgeattn.export.calibration import calibration_samples
+from edgeattn.export.model_file import load_model
 from edgeattn.foundation import UserError
-from edgeattn.models.checkpoint import load_checkpoint, read_checkpoint
+from edgeattn.models.checkpoint import read_checkpoint
+from edgeattn.models.deployable import PLAIN, Deployment
+from edgeattn.models.published import load_published
 from edgeattn.models.spec import ModelSpec
 from edgeattn.validation.divergence.forms import Observed, TorchForm
 from edgeattn.validation.divergence.onnx_form import OnnxForm
@@ -20,17 +23,24 @@ from edgeattn.validation.divergence.records import Divergence, write_divergence
 from edgeattn.validation.divergence.reduction import Reduction, write_minimal
 from edgeattn.validation.divergence.search import Search
 from edgeattn.validation.divergence.segments import Sessions
+from edgeattn.validation.model_data import model_data
 
 
-def torch_form(spec: ModelSpec, checkpoint: Path) -> TorchForm:
+def torch_form(spec: ModelSpec, checkpoint: Path, deployment: Deployment = PLAIN) -> TorchForm:
     """Return the network that is exported, with trained weights.
+
+    Args:
+        spec: the model.
+        checkpoint: its weights.
+        deployment: what surrounds the network in the exported graph.
 
     Raises:
         UserError: the checkpoint cannot be read or does not fit.
     """
     network = spec.build()
-    load_checkpoint(network, read_checkpoint(checkpoint))
-    return TorchForm(network, spec.inputs, [output.name for output in spec.outputs], name=f"{spec.name} in PyTorch")
+    load_published(spec, network, read_checkpoint(checkpoint))
+    outputs = [output.name for output in deployment.spec(spec).outputs]
+    return TorchForm(deployment.network(spec, network), spec.inputs, outputs, name=f"{spec.name} in PyTorch")
 
 
 def open_data(data: Path | None, form: OnnxForm, spec: ModelSpec | None, count: int) -> Iterator[dict[str, np.ndarray]]:
@@ -45,18 +55,19 @@ def open_data(data: Path | None, form: OnnxForm, spec: ModelSpec | None, count: 
     Raises:
         UserError: there are no data, or they do not fit.
     """
-    size = next(((shape[2], shape[3]) for shape in form.inputs.values() if len(shape) == 4), (None, None))
-    fixed = (size[0], size[1]) if size[0] and size[1] else (spec.size if spec else None)
+    fixed = spec.image_size(form.inputs.values()) or spec.size if spec else None
     if data is not None:
-        preprocess = spec.preprocessing if spec else None
-        if data.is_dir() and preprocess is None:
+        if data.is_dir() and spec is None:
             raise UserError(
                 f"the images in {data} need preprocessing. Name the model with --model, or give a .npz file."
             )
         try:
-            yield from islice(
-                calibration_samples(data, inputs=form.inputs, size=fixed, preprocess=preprocess, minimum=1), count
+            opened = (
+                model_data(data, spec, fixed, form.inputs, minimum=1)
+                if spec
+                else calibration_samples(data, inputs=form.inputs, minimum=1)
             )
+            yield from islice(opened, count)
         except UserError as error:
             raise UserError(str(error).replace("calibration ", "")) from error
         return
@@ -112,6 +123,8 @@ def compare_sources(
         UserError: something given cannot be used.
     """
     sessions = Sessions(threads)
+    graphs = [load_model(text) for text in (reference, candidate) if Path(text).suffix == ".onnx"]
+    deployment = Deployment.of_graph(graphs[0]) if graphs else PLAIN
 
     def open_form(text: str) -> Observed:
         if Path(text).suffix == ".onnx":
@@ -121,10 +134,10 @@ def compare_sources(
             raise UserError(
                 f"{text!r} is no .onnx file, so it stands for trained weights. Name their model with --model."
             )
-        return torch_form(spec, weights)
+        return torch_form(spec, weights, deployment)
 
     search = Search(open_form(reference), open_form(candidate))
-    divergence = search.run(open_data(data, search.dissected, spec, count), progress)
+    divergence = search.run(open_data(data, search.dissected, deployment.spec(spec) if spec else None, count), progress)
     reduction = None
     if output:
         write_divergence(divergence, output / "divergence.json")
