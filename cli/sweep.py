@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated
 
@@ -14,7 +15,8 @@ from edgeattn.cli.console import CONSOLE, ERRORS, progress_bars
 from edgeattn.deploy.sweep.configuration import example as example_file
 from edgeattn.deploy.sweep.engine import Workers
 from edgeattn.deploy.sweep.page import figure, mebibytes, points
-from edgeattn.deploy.sweep.sweep import SweepReport, run_sweep
+from edgeattn.deploy.sweep.sweep import run_sweep
+from edgeattn.deploy.sweep.table import Row
 from edgeattn.foundation import UserError
 
 
@@ -50,11 +52,12 @@ def sweep(
         raise UserError("a sweep needs its declaration and a folder. Give SWEEP.toml and -o; --example shows a file.")
     if scheduler is not None and workers is not None:
         raise UserError(
-            f"--workers {workers} starts local processes, but --scheduler {scheduler} has its own. Drop one."
+            f"--workers {workers} starts processes here, but --scheduler {scheduler} has its own. Drop one."
         )
     with progress_bars() as progress:
         report = run_sweep(declaration, output, Workers(scheduler, workers or os.cpu_count() or 1), progress)
-    CONSOLE.print(_table(report))
+    for target in dict.fromkeys(row.target for row in report.rows):
+        CONSOLE.print(_table(target, [row for row in report.rows if row.target == target]))
     for row in report.rows:
         for problem in row.problems:
             ERRORS.print(f"{row.number}: {problem}", markup=False, highlight=False, soft_wrap=True)
@@ -65,19 +68,19 @@ def sweep(
         raise typer.Exit(1)
 
 
-def _table(report: SweepReport) -> Table:
-    """Return the combinations and what is known of them."""
-    table = Table(title=escape(report.title), title_justify="left")
-    for column in ("#", "combination", "target", "status", "parity", "accuracy", "est. ms", "ms", "mJ", "bundle"):
-        left = column in ("combination", "target", "status", "parity")
-        table.add_column(column, justify="left" if left else "right")
-    for row in report.rows:
+def _table(target: str, rows: Sequence[Row]) -> Table:
+    """Return the combinations of a target and what is known of them."""
+    table = Table(title=escape(target), title_justify="left", caption_justify="left")
+    for column in ("#", "combination", "status", "parity"):
+        table.add_column(column, no_wrap=column != "combination")
+    for column in ("points", "est. ms", "ms", "mJ", "bundle"):
+        table.add_column(column, justify="right", no_wrap=True)
+    for row in rows:
         form = f"{row.checkpoint} {row.height}x{row.width} {row.precision}{' plugins' if row.plugins else ''}"
         energy = None if row.energy_per_frame_j is None else 1e3 * row.energy_per_frame_j
         table.add_row(
             f"{row.number}",
             escape(form),
-            escape(row.target),
             row.status,
             row.parity or "–",
             points(row.accuracy),
@@ -87,5 +90,7 @@ def _table(report: SweepReport) -> Table:
             mebibytes(row.bundle_bytes),
             style=None if row.passed else "red",
         )
-    table.caption = "est. ms: roofline estimate, not measured; ms and mJ: measured on the device; accuracy in points"
+    places = sorted({row.measured for row in rows if row.measured})
+    measured = f"measured: {escape('; '.join(places))}" if places else "nothing was measured on a device"
+    table.caption = f"points: accuracy; est. ms: roofline estimate, not measured; ms and mJ: {measured}"
     return table

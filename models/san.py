@@ -85,7 +85,7 @@ class StackedPatchwiseAttention(PatchwiseAttention):
         """Map (batch, in_planes, height, width) to (batch, out_planes, height, width)."""
         around = _windows(self.conv2(x), self.kernel_size).flatten(1, 2)
         weights: torch.Tensor = self.conv_w(torch.cat([self.conv1(x), around], dim=1))
-        weights = weights.flatten(2).reshape(len(x), self.groups, self.kernel_size**2, -1)
+        weights = weights.flatten(2).reshape(x.shape[0], self.groups, self.kernel_size**2, -1)
         return _aggregate(weights, _windows(self.conv3(x), self.kernel_size))
 
 

@@ -315,8 +315,8 @@ def _check(sweep: Sweep, path: Path) -> None:
     for checkpoint in sweep.checkpoints:
         if not _NAME.fullmatch(checkpoint.name):
             raise UserError(
-                f"the checkpoint's name {checkpoint.name!r} in {path} becomes part of file names. Use up to 64 letters, "
-                "digits, dots, dashes and underscores."
+                f"the checkpoint's name {checkpoint.name!r} in {path} becomes part of file names. Use up to 64 "
+                "letters, digits, dots, dashes and underscores."
             )
         MODELS.get(checkpoint.model)
     for target in sweep.targets:

@@ -60,19 +60,14 @@ def _estimated(row: Row) -> float | None:
 
 
 def _plots(rows: Sequence[Row], latency: Callable[[Row], float | None], kind: str) -> Iterator[Plot]:
-    shown = [(row, found) for row in rows if (found := latency(row)) is not None and row.accuracy is not None]
-    for target, metric, where in dict.fromkeys((row.target, row.metric, _where(row, kind)) for row, _ in shown):
-        members = [
-            (row, found)
-            for row, found in shown
-            if (row.target, row.metric, _where(row, kind)) == (target, metric, where)
-        ]
-        points = [(found, 100 * float(row.accuracy or 0.0), row.number) for row, found in members]
-        front = pareto(points)
-        title = f"{target}: {metric} and latency ({where})"
-        yield Plot(
-            title, _draw(members, front, f"{metric}, points", f"latency, ms ({kind})"), tuple(p[2] for p in front)
-        )
+    panels: dict[tuple[str, str | None, str], list[tuple[Row, float]]] = {}
+    for row in rows:
+        if (found := latency(row)) is not None and row.accuracy is not None:
+            panels.setdefault((row.target, row.metric, _where(row, kind)), []).append((row, found))
+    for (target, metric, where), members in panels.items():
+        front = pareto([(found, 100 * float(row.accuracy or 0.0), row.number) for row, found in members])
+        svg = _draw(members, front, f"{metric}, points", f"latency, ms ({kind})")
+        yield Plot(f"{target}: {metric} and latency ({where})", svg, tuple(number for _, _, number in front))
 
 
 def _where(row: Row, kind: str) -> str:

@@ -78,3 +78,22 @@ def test_export_refuses_to_guess_below_certainty(run, tmp_path):
     assert status == 2
     assert "--model" in err
     assert not (tmp_path / "run").exists()
+
+
+def test_a_layout_or_postprocessing_that_does_not_exist(run, tmp_path):
+    export = ("export", "bundled", "--model", "ccnet-digits", "-o", tmp_path / "run")
+    for options, words in (
+        (("--layout", "timm"), ("no layout 'timm'", "official")),
+        (("--with-postprocess", "argmax"), ("'argmax'", "labels or probabilities")),
+    ):
+        status, _, err = run(*export, *options)
+        assert status == 2
+        assert all(word in err for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_models_are_listed_with_task_size_and_layouts(run):
+    status, out, _ = run("list", "models")
+    assert status == 0
+    for part in ("segmentation, 769x769, weights: official", "32x32 only", "object segmentation", "weights: mmseg"):
+        assert part in out
