@@ -122,7 +122,8 @@ class SelfAttentionStage(nn.Module):
         """Refuse a state_dict whose two names of the one module disagree."""
         for name in state_dict:
             twin = name.replace(f"{prefix}f_query.", f"{prefix}f_key.", 1)
-            if twin in state_dict and not torch.equal(state_dict[name], state_dict[twin]):
+            known = twin in state_dict and not state_dict[twin].is_meta  # without values, names and shapes count
+            if known and not torch.equal(state_dict[name], state_dict[twin]):
                 raise UserError(
                     f"{name} and {twin} differ, but the queries and keys of OCNet are one module under two names. "
                     "Check that the checkpoint is OCNet's; openseg.pytorch has a later module with separate queries."

@@ -21,6 +21,7 @@ COMMANDS = {
     "tune": "edgeattn.cli.tune:tune_precisions",
     "rewrite": "edgeattn.cli.rewrite:rewrite",
     "check": "edgeattn.cli.check:check",
+    "estimate": "edgeattn.cli.estimate:estimate_model",
     "build": "edgeattn.cli.build:build",
     "bundle": "edgeattn.cli.bundle:bundle",
     "sweep": "edgeattn.cli.sweep:sweep",

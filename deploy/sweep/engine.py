@@ -231,7 +231,7 @@ def _client(workers: Workers, tasks: int) -> Iterator[Client]:
 
     if workers.scheduler is not None:
         try:
-            client = Client(workers.scheduler, timeout=15, set_as_default=False)
+            client = Client(workers.scheduler, timeout=CONNECTION_SECONDS, set_as_default=False)
         except (OSError, ValueError) as error:
             raise UserError(
                 f"the scheduler {workers.scheduler} does not answer ({error}). Start one with `dask scheduler`, or "

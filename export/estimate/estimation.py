@@ -29,6 +29,7 @@ def estimate(
     *,
     input_sizes: Mapping[str, tuple[int, ...]] | None = None,
     tf32: bool = False,
+    gains: bool = True,
 ) -> Estimate:
     """Estimate what a model takes on a target. Nothing is run, and no GPU or TensorRT is needed.
 
@@ -37,6 +38,8 @@ def estimate(
         target: the target, with known memory, bandwidth and peak rates.
         input_sizes: shapes of inputs with free axes, by name (see `sized_graph.image_sizes`).
         tf32: FP32 products round their inputs to TF32, as `edgeattn build --tf32` allows.
+        gains: also estimate what plugins, FP16 and INT8 would gain. In a plain model that looks for attention cores and
+            verifies them with ONNX Runtime, which takes longer than everything else.
 
     Returns:
         The estimate.
@@ -85,7 +88,7 @@ def estimate(
             f"{memory['usable']:.0%} of {target.memory_gib:g} GiB"
         ),
         blocks=_blocks(costs.layers),
-        gains=tuple(_gains(whole, light, fused, costs, machine)),
+        gains=tuple(_gains(whole, light, fused, costs, machine)) if gains else (),
         roof=roof,
         assumptions=sentences(roof),
         notes=tuple(_notes(fused)),
@@ -182,6 +185,8 @@ def _plugin_gain(
             )
         plain = costs_of(fuse(sized(inlined(light, plugins=True))), machine)
         return _difference("plugins", plain, costs, "over the plain form, the bodies in standard operators", present=True)
+    if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in whole.graph.initializer):
+        return _no_gain("plugins", "the weights are in another file; estimate what `edgeattn rewrite` makes of the model")
     try:
         found = rewrite(_pinned(whole, light))
     except UserError as error:

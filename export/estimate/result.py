@@ -149,7 +149,7 @@ class Estimate:
         fits: whether the former is within the latter.
         fit_reason: the sum, in words.
         blocks: parts of the network, the most expensive first.
-        gains: what plugins, FP16 and INT8 would gain.
+        gains: what plugins, FP16 and INT8 would gain; empty when not asked for.
         roof: the target's peaks.
         assumptions: everything that was assumed, in sentences.
         notes: what is particular to this model, such as operators without a cost declaration.
