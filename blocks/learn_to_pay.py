@@ -2,7 +2,8 @@
 
 Paper: Jetley et al., "Learn To Pay Attention", ICLR 2018 (arXiv 1804.02391).
 Code: https://github.com/saumya-jetley/cd_ICLR18_LearnToPayAttention, `VGGNet/models` (Torch7);
-https://github.com/SaoYan/LearnToPayAttention, `blocks.py`, `model1.py`, `model2.py`.
+https://github.com/SaoYan/LearnToPayAttention, `blocks.py`, `model1.py`, `model2.py`;
+https://github.com/KennCoder7/LearnToPayAttention-pytorch, `attention.py`.
 
     c_i = <u, l_i + g>  (parametrised)   or   <l_i, g>  (dot product)        local features l_i, global feature g
     pooled = sum_i softmax_i(c_i) l_i    or   mean_i sigmoid(c_i) l_i,       scores = classifier(pooled of all levels)
@@ -25,6 +26,7 @@ from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Publish
 from edgeattn.foundation import UserError
 
 COMPATIBILITIES = ("parametrised", "dot")
+METHODS = ("pc", "dp")
 CLASSIFIERS = ("concat", "independent")
 PROJECTED = ("local", "global")
 LEVELS = (1, 2, 3)
@@ -94,6 +96,66 @@ class LinearAttentionBlock(nn.Module):
         energy = self.op(local)
         score = energy + self.op(g)
         return score, _pooled(local, energy if self.normalize_attn else score, self.normalize_attn)
+
+
+class ProjectedAttentionBlock(nn.Module):
+    """KennCoder7's attention of one level, which projects g down where the local features have other channels.
+
+    State names: `project.weight` (local_channels, global_channels) and `pc.weight` (1, local_channels). The port's are
+    mangled (`_Attention__project`, `_Attention__pc`); it has both even where the form and the channels need one or
+    none, and an export leaves out what has no effect. Its maps have a fixed size, here any.
+
+    Args:
+        local_channels: channels of the local features.
+        global_channels: channels of the global feature.
+        method: "pc", parametrised, where the result does not depend on g, or "dp", dot product.
+
+    Raises:
+        ValueError: an unknown method.
+    """
+
+    def __init__(self, local_channels: int, global_channels: int = 512, method: str = "pc") -> None:
+        super().__init__()
+        _checked("method", method, METHODS)
+        self.dot = method == "dp"
+        self.projects = local_channels != global_channels
+        self.project: nn.Linear | None = nn.Linear(global_channels, local_channels, bias=False)
+        self.pc: nn.Linear | None = nn.Linear(local_channels, 1, bias=False)
+
+    def forward(self, local: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Pool the local features.
+
+        Args:
+            local: (batch, local_channels, height, width).
+            g: (batch, global_channels).
+
+        Returns:
+            The pooled feature (batch, local_channels) and the attention (batch, height, width).
+        """
+        flat = local.flatten(2)
+        weights = torch.matmul(self._query(g), flat).softmax(dim=2)
+        pooled = torch.matmul(flat, weights.transpose(1, 2)).squeeze(2)
+        return pooled, weights.squeeze(1).unflatten(1, local.shape[2:])
+
+    def _query(self, g: torch.Tensor) -> torch.Tensor:
+        """Return what the local features are compared with, (batch, 1, local_channels) or (1, local_channels)."""
+        if not self.dot:
+            assert self.pc is not None
+            return self.pc.weight
+        if not self.projects:
+            return g.unsqueeze(1)
+        assert self.project is not None
+        projected: torch.Tensor = self.project(g)
+        return projected.unsqueeze(1)
+
+    def prepare_for_export(self) -> ProjectedAttentionBlock:
+        """Return a copy without the matrices that have no effect."""
+        folded = copy.deepcopy(self)
+        if self.dot:
+            folded.pc = None
+        if not (self.dot and self.projects):
+            folded.project = None
+        return folded
 
 
 class GridAttentionBlock(nn.Module):
@@ -472,6 +534,7 @@ def _grids(up_factor: int) -> tuple[Sizes, ...]:
     )
 
 
+_KENN = {r"^(?:_VGG_Att__att[123]\.)?_Attention__(project|pc)\.": r"\1."}
 _CODE = "https://github.com/saumya-jetley/cd_ICLR18_LearnToPayAttention, https://github.com/SaoYan/LearnToPayAttention"
 _PAPER = "Learn To Pay Attention, ICLR 2018"
 _SOFTMAX = "the softmax stays in FP32, with the energies where they are products; the mean's 1/N precedes its sum"
@@ -518,6 +581,53 @@ BLOCKS.add(
         inputs=(
             TensorInput("local", ("batch", "in_features", "height", "width")),
             TensorInput("g", ("batch", "in_features", 1, 1)),
+        ),
+    )
+)
+
+BLOCKS.add(
+    BlockSpec(
+        name="learn-to-pay-projected",
+        title="attention to local features by agreement with a projected global one",
+        paper=_PAPER,
+        year=2018,
+        code="https://github.com/KennCoder7/LearnToPayAttention-pytorch",
+        build=ProjectedAttentionBlock,
+        original="edgeattn.validation.originals.learn_to_pay:ProjectedAttentionBlock",
+        variants=(
+            Variant(
+                "port",
+                {"local_channels": 8, "global_channels": 12},
+                key_map=_KENN,
+                references={"l2pa_kenn_pc": {"local_channels": 8, "global_channels": 12}},
+            ),
+            Variant(
+                "port-dot",
+                {"local_channels": 8, "global_channels": 12, "method": "dp"},
+                key_map=_KENN,
+                references={"l2pa_kenn_dp": {"local_channels": 8, "global_channels": 12, "method": "dp"}},
+                published=Published(
+                    "VGG of the port, CIFAR-10, first level",
+                    {"local_channels": 256, "global_channels": 512, "method": "dp"},
+                    {"batch": 1, "height": 16, "width": 16},
+                ),
+                overflow=Overflow(400.0, {"batch": 1, "height": 5, "width": 7}),
+            ),
+            Variant(
+                "port-dot-same-channels",
+                {"local_channels": 8, "global_channels": 8, "method": "dp"},
+                key_map=_KENN,
+                references={"l2pa_kenn_dp_same": {"local_channels": 8, "global_channels": 8, "method": "dp"}},
+            ),
+        ),
+        largest=lambda arguments, sizes: (
+            sizes["batch"] * int(arguments["local_channels"]) * sizes["height"] * sizes["width"]
+        ),
+        precision=_SOFTMAX,
+        int8="none: the products have an activation or the vector u, which decides all weights, as one factor",
+        inputs=(
+            TensorInput("local", ("batch", "local_channels", "height", "width")),
+            TensorInput("g", ("batch", "global_channels")),
         ),
     )
 )

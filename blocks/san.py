@@ -8,6 +8,11 @@ Code: https://github.com/hszhao/SAN, `model/san.py`; the window operators are CU
     y_c(p)      = sum over d of w_(c mod groups)(p, d) conv3(x)_c(p + d)
 
 with positions outside the image reflected at its border.
+
+A window is stacked by slices, first of columns, then of the rows of that stack: 2 k slices for k * k taps, which no
+INT8 form can mistake for a convolution. The relation is stacked whole, so that `conv_w` and the softmax are one node
+each whatever the window; the values, which have more channels, one row of taps at a time: a whole stack is k times
+their columns. Per layer with a 7x7 window: 86 nodes, and no tensor above the relation's on large maps.
 """
 
 from __future__ import annotations
@@ -20,7 +25,6 @@ import torch
 from torch import nn
 
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Published, Sizes, TensorInput, Variant
-from edgeattn.blocks.taps import tap_softmax, taps, weighted_sum
 from edgeattn.foundation import UserError
 
 
@@ -54,8 +58,15 @@ class _WindowAttention(nn.Module):
         self.conv2 = nn.Conv2d(in_planes, rel_planes, kernel_size=1)
         self.conv3 = nn.Conv2d(in_planes, out_planes, kernel_size=1)
 
-    def _taps(self, features: torch.Tensor) -> list[torch.Tensor]:
-        """Return the taps of a map that is reflected at its border."""
+    def _columns(self, features: torch.Tensor) -> torch.Tensor:
+        """Return each column of taps of a map that is reflected at its border.
+
+        Args:
+            features: (batch, channels, height, width).
+
+        Returns:
+            (batch, channels, kernel_size, height + kernel_size - 1, width), of which `_row` cuts a row of taps.
+        """
         reach = self.kernel_size // 2
         for axis, size in zip(("height", "width"), features.shape[2:], strict=True):
             if isinstance(size, int) and size <= reach:
@@ -63,17 +74,37 @@ class _WindowAttention(nn.Module):
                     f"SAN's attention with a {self.kernel_size}x{self.kernel_size} window cannot take {axis} {size}: "
                     f"reflection at the border needs {reach + 1} or more. Use a larger input or a smaller window."
                 )
-        return taps(nn.functional.pad(features, (reach, reach, reach, reach), mode="reflect"), self.kernel_size)
+        padded = nn.functional.pad(features, (reach, reach, reach, reach), mode="reflect").unsqueeze(2)
+        return torch.cat([padded[..., _shifted(tap, self.kernel_size)] for tap in range(self.kernel_size)], dim=2)
 
-    def _aggregate(self, weights: list[torch.Tensor], x: torch.Tensor) -> torch.Tensor:
+    def _row(self, columns: torch.Tensor, tap: int) -> torch.Tensor:
+        """Return a row of taps (..., kernel_size, height, width) of what `_columns` gives."""
+        return columns[..., _shifted(tap, self.kernel_size), :]
+
+    def _windows(self, features: torch.Tensor) -> torch.Tensor:
+        """Return the window of every position, (batch, channels, taps, height, width), row by row."""
+        columns = self._columns(features)
+        return torch.cat([self._row(columns, tap) for tap in range(self.kernel_size)], dim=2)
+
+    def _aggregate(self, weights: torch.Tensor, x: torch.Tensor) -> torch.Tensor:
         """Return the weighted sum of the values.
 
         Args:
-            weights: per tap (batch, 1, groups, height, width); channel c has the weight of group c mod groups.
+            weights: (batch, groups, taps, height, width); channel c has the weight of group c mod groups.
             x: the block's input.
         """
-        values = [tap.unflatten(1, (-1, self.groups)) for tap in self._taps(self.conv3(x))]
-        return weighted_sum(weights, values).flatten(1, 2)
+        size = self.kernel_size
+        values = self._columns(self.conv3(x)).unflatten(1, (-1, self.groups))
+        grouped = weights.unsqueeze(1)
+        total = (self._row(values, 0) * grouped.narrow(3, 0, size)).sum(dim=3)
+        for tap in range(1, size):
+            total = total + (self._row(values, tap) * grouped.narrow(3, tap * size, size)).sum(dim=3)
+        return total.flatten(1, 2)
+
+
+def _shifted(tap: int, kernel: int) -> slice:
+    """Return where a tap sees a padded axis; counted from the end, so that it is constant for dynamic sizes."""
+    return slice(tap, tap - (kernel - 1) or None)
 
 
 class PairwiseAttention(_WindowAttention):
@@ -114,9 +145,9 @@ class PairwiseAttention(_WindowAttention):
         """Map (batch, in_planes, height, width) to (batch, out_planes, height, width)."""
         position = self.conv_p(_positions(x)).expand(x.shape[0], -1, -1, -1)
         centre = torch.cat([self.conv1(x), position], dim=1) + self.shift
-        neighbours = self._taps(torch.cat([self.conv2(x), position], dim=1))
-        logits = [self.conv_w(centre - tap).unsqueeze(1) for tap in neighbours]
-        return self._aggregate(tap_softmax(logits, dim=1), x)
+        relation = centre.unsqueeze(2) - self._windows(torch.cat([self.conv2(x), position], dim=1))
+        weights = self.conv_w(relation.flatten(3)).softmax(dim=2)
+        return self._aggregate(weights.unflatten(3, x.shape[2:]), x)
 
     def prepare_for_export(self) -> PairwiseAttention:
         """Return a copy whose projections carry the first batch normalisation.
@@ -183,10 +214,9 @@ class PatchwiseAttention(_WindowAttention):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """Map (batch, in_planes, height, width) to (batch, out_planes, height, width)."""
-        window = torch.stack(self._taps(self.conv2(x)), dim=2).flatten(1, 2)
+        window = self._windows(self.conv2(x)).flatten(1, 2)
         weights = self.conv_w(torch.cat([self.conv1(x), window], dim=1))
-        count = self.kernel_size**2
-        return self._aggregate([weights[:, None, tap::count] for tap in range(count)], x)
+        return self._aggregate(weights.unflatten(1, (self.groups, -1)), x)
 
 
 class SanBottleneck(nn.Module):
@@ -235,11 +265,12 @@ class SanBottleneck(nn.Module):
 
 
 def _largest(arguments: Arguments, sizes: Sizes) -> int:
-    """Return the elements of the relation over the window, (batch, rel_planes + 2, window, positions), or a map's."""
-    window, reach = arguments["kernel_size"] ** 2, arguments["kernel_size"] - 1
-    relation = (arguments["rel_planes"] + 2) * window * sizes["height"] * sizes["width"]
-    padded = max(arguments["rel_planes"] + 2, arguments.get("out_planes", arguments.get("mid_planes", 0)))
-    return int(sizes["batch"] * max(relation, padded * (sizes["height"] + reach) * (sizes["width"] + reach)))
+    """Return the elements of the relation, (batch, rel_planes + 2, taps, positions), or of the columns of a map."""
+    kernel, height, width = arguments["kernel_size"], sizes["height"], sizes["width"]
+    related = arguments["rel_planes"] + 2
+    relation = related * kernel**2 * height * width
+    channels = max(related, arguments.get("out_planes", arguments.get("mid_planes", 0)))
+    return int(sizes["batch"] * max(relation, channels * kernel * (height + kernel - 1) * width))
 
 
 _SIZES_3: tuple[Sizes, ...] = (

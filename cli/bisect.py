@@ -19,6 +19,9 @@ def bisect(
     reference: Annotated[str, typer.Argument(help=f"An .onnx file, or trained weights (or '{BUNDLED}') for PyTorch.")],
     candidate: Annotated[str, typer.Argument(help="The form under test, given in the same way.")],
     model: Annotated[str | None, typer.Option(help="Model declaration; needed for PyTorch and for images.")] = None,
+    layout: Annotated[
+        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
+    ] = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of images or .npz of inputs; held-out samples by default.")
     ] = None,
@@ -43,6 +46,7 @@ def bisect(
             count=samples,
             output=output,
             threads=threads,
+            layout=layout,
             progress=lambda done: progress("bisect", done, samples),
         )
     CONSOLE.print(divergence_table(found.divergence))

@@ -126,8 +126,8 @@ def _print(found: Estimate, *, every_layer: bool) -> None:
         gains.add_row(gain.change, *(figures if gain.applies else ["", "", ""]), has + escape(gain.note))
     CONSOLE.print(gains)
     CONSOLE.print(
-        f"time {_band(found.seconds, 1e3)} ms; {found.flops / 1e9:,.2f} GFLOP, {found.bytes_moved / 1e6:,.1f} MB moved; "
-        f"activations {found.peak_activation_bytes / 2**20:,.1f} MiB (at least "
+        f"time {_band(found.seconds, 1e3)} ms; {found.flops / 1e9:,.2f} GFLOP, {found.bytes_moved / 1e6:,.1f} MB "
+        f"moved; activations {found.peak_activation_bytes / 2**20:,.1f} MiB (at least "
         f"{found.live_activation_bytes / 2**20:,.1f}), weights {found.weight_bytes / 2**20:,.1f} MiB, engine about "
         f"{found.engine_bytes / 2**20:,.1f} MiB",
         highlight=False,
@@ -140,7 +140,9 @@ def _print(found: Estimate, *, every_layer: bool) -> None:
         for sentence in found.assumptions:
             CONSOLE.print(f"assumed: {sentence}", markup=False, highlight=False)
     else:
-        CONSOLE.print("Layers are fused after stated rules and efficiencies are assumed; --all lists them.", style="dim")
+        CONSOLE.print(
+            "Layers are fused after stated rules and efficiencies are assumed; --all lists them.", style="dim"
+        )
 
 
 def _band(band: Band, scale: float) -> str:

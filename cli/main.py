@@ -16,6 +16,8 @@ COMMANDS = {
     "export": "edgeattn.cli.export:export",
     "compare": "edgeattn.cli.compare:compare",
     "segment": "edgeattn.cli.segment:segment",
+    "report": "edgeattn.cli.report:report",
+    "video": "edgeattn.cli.video:video",
     "bisect": "edgeattn.cli.bisect:bisect",
     "sensitivity": "edgeattn.cli.sensitivity:sensitivity",
     "tune": "edgeattn.cli.tune:tune_precisions",

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
@@ -46,6 +46,7 @@ from edgeattn.models.published import load_published
 from edgeattn.targets import TARGETS, Target
 from edgeattn.validation.model_data import model_data
 from edgeattn.validation.parity import Form, Parity, compare_forms, compare_sizes
+from edgeattn.validation.rules import rules_digest
 from edgeattn.validation.tolerance import NO_LIMITS, UserLimits
 
 Progress = Callable[[str, int, int], None]
@@ -211,10 +212,13 @@ class ExportRun:
         Returns:
             The content of `parity.json`, see `edgeattn.validation.records.Parity.as_dict`.
         """
-        self.directory.describe(self._facts())
+        self.begin()
+        return self.judge(self.make_forms())
+
+    def begin(self) -> None:
+        """Record what is run, and how the weights fit, before the first stage."""
+        self.directory.describe(self.facts)
         write_text(self.directory.path / "load_report.json", json.dumps(self.loaded.as_dict(), indent=1) + "\n")
-        forms = self.make_forms()
-        return self.judge(forms)
 
     @property
     def notes(self) -> dict[str, list[str]]:
@@ -235,14 +239,14 @@ class ExportRun:
 
     def make_forms(self) -> list[Form]:
         """Write the ONNX files and return the forms among them that the user asked for."""
-        plugin_forms = {"fp32": self._export()}
+        plugin_forms = {"fp32": self.export()}
         data = {
             "calibration": self.calibration.fingerprint if self.calibration else None,
             "fp16_exclude": list(self.request.fp16_exclude),
         }
         for precision, kind, asked in (("fp16", FP16, self.request.fp16), ("bf16", BF16, self.request.bf16)):
             if asked:
-                plugin_forms[precision] = self._convert(
+                plugin_forms[precision] = self.convert(
                     precision, plugin_forms["fp32"], functools.partial(self._reduce, kind), data
                 )
         if self.request.int8:
@@ -252,18 +256,32 @@ class ExportRun:
                 "attention": self.request.int8_attention,
                 "int8_exclude": list(self.request.int8_exclude),
             }
-            plugin_forms["int8"] = self._convert("int8", plugin_forms["fp32"], self._quantise, settings)
-        forms = []
-        for precision, path in plugin_forms.items():
-            plain = self._inline(precision, path)
-            forms.append(Form(precision, plain, precision, plugin=False))
-            if self.request.plugins:
-                forms.append(Form(f"{precision} plugin", path, precision, plugin=True))
-                if self.target and not self.target.takes_function_bodies:
-                    self._strip(precision, path)
-                if self.request.plugin_host != PLUGIN_HOSTS[0]:
-                    self._expand(precision, path)
-        return forms
+            plugin_forms["int8"] = self.convert("int8", plugin_forms["fp32"], self._quantise, settings)
+        return [
+            Form(name, file, precision, plugin=plugin)
+            for precision, path in plugin_forms.items()
+            for name, file, plugin in self.representations(precision, path)
+        ]
+
+    def representations(self, name: str, source: Path) -> Iterator[tuple[str, Path, bool]]:
+        """Write what the user gets of a form with plugin nodes: standard operators, and the plugins if asked for.
+
+        Where the target or the plugin host needs another file of the plugin form, it is written beside it.
+
+        Args:
+            name: of the form, such as "fp16".
+            source: its file with plugin nodes.
+
+        Yields:
+            Name, file, and whether it has plugin nodes, of each form to be judged.
+        """
+        yield name, self._inline(name, source), False
+        if self.request.plugins:
+            yield f"{name} plugin", source, True
+            if self.target and not self.target.takes_function_bodies:
+                self._strip(name, source)
+            if self.request.plugin_host != PLUGIN_HOSTS[0]:
+                self._expand(name, source)
 
     def judge(self, forms: Sequence[Form]) -> dict[str, Any]:
         """Compare forms with the original, write the results, and return the content of `parity.json`."""
@@ -275,6 +293,7 @@ class ExportRun:
             "extra_sizes": [list(size) for size in request.extra_sizes],
             "target": request.target,
             "limits": dataclasses.asdict(request.limits),
+            "rules": rules_digest(),
         }
         inputs = [self.checkpoint, *(form.path for form in forms), *([request.images] if request.images else [])]
         path, _ = self.directory.stage(
@@ -321,12 +340,13 @@ class ExportRun:
         if target is None:
             return ()
         strips = not target.takes_function_bodies
-        paths = [self._stripped_path(form.precision) if form.plugin and strips else form.path for form in forms]
+        paths = [self.stripped_path(form.precision) if form.plugin and strips else form.path for form in forms]
         return tuple(
             check_support(path, target.tensorrt, target=target.name, dla_cores=target.dla_cores or 0) for path in paths
         )
 
-    def _export(self) -> Path:
+    def export(self) -> Path:
+        """Write the FP32 form with plugin nodes, and return its path."""
         opset = self.request.opset or (self.target.opset if self.target else DEFAULT_OPSET)
         settings = {
             "model": self.spec.name,
@@ -336,7 +356,7 @@ class ExportRun:
             "opset": opset,
             **dataclasses.asdict(self.deployment),
         }
-        path = self._plugin_path("fp32")
+        path = self.plugin_path("fp32")
 
         def work() -> None:
             self.progress("export", 0, 1)
@@ -357,16 +377,27 @@ class ExportRun:
             save_model(model, path)
             self.progress("export", 1, 1)
 
-        return self._stage("export", work, settings, [self.checkpoint], path)
+        return self.stage("export", work, settings, [self.checkpoint], path)
 
-    def _convert(
+    def convert(
         self,
         precision: str,
         source: Path,
         convert: Callable[[onnx.ModelProto], tuple[Fp16Result, Mapping[str, object]]],
         settings: Mapping[str, object],
     ) -> Path:
-        path = self._plugin_path(precision)
+        """Write a form of another precision, as a stage of the run.
+
+        Args:
+            precision: name of the stage, which the file's name has too.
+            source: the form that it is made from.
+            convert: makes it, and says what to record beside its notes.
+            settings: everything but the source that it depends on, as JSON values.
+
+        Returns:
+            The form's path.
+        """
+        path = self.plugin_path(precision)
 
         def work() -> dict[str, object]:
             self.progress(precision, 0, 1)
@@ -375,11 +406,11 @@ class ExportRun:
             self.progress(precision, 1, 1)
             return {"notes": list(result.notes), "fp32_nodes": dict(result.fp32_nodes), **facts}
 
-        return self._stage(precision, work, settings, [source], path)
+        return self.stage(precision, work, settings, [source], path)
 
     def _reduce(self, kind: ReducedType, model: onnx.ModelProto) -> tuple[Fp16Result, Mapping[str, object]]:
         """Return the FP16 or BF16 form, and the ranges that it is made by."""
-        ranges = self._measured(kind, model)
+        ranges = self.measured_ranges(kind, model)
         convert = to_fp16 if kind == FP16 else to_bf16
         result = convert(model, keep_fp32=self.request.fp16_exclude, ranges=ranges)
         if ranges is not None:
@@ -390,8 +421,16 @@ class ExportRun:
         )
         return dataclasses.replace(result, notes=(note, *result.notes)), self._range_facts(None)
 
-    def _measured(self, kind: ReducedType, model: onnx.ModelProto) -> MeasuredRanges | None:
-        """Return what the tensors of a form hold on the first calibration batches, measured once for each type."""
+    def measured_ranges(self, kind: ReducedType, model: onnx.ModelProto) -> MeasuredRanges | None:
+        """Return what the tensors of a form hold on the first calibration batches, measured once for each type.
+
+        Args:
+            kind: FP16 or BF16, whose limits count.
+            model: the FP32 form.
+
+        Returns:
+            The ranges; None where there is no calibration data.
+        """
         if self.calibration is None:
             return None
         if kind.label not in self._ranges:
@@ -415,7 +454,7 @@ class ExportRun:
     def _quantise(self, model: onnx.ModelProto) -> tuple[Fp16Result, Mapping[str, object]]:
         """Return the INT8 form with FP16 around it, and what is INT8 in it."""
         assert self.calibration is not None
-        ranges = self._measured(FP16, model)
+        ranges = self.measured_ranges(FP16, model)
         if self.request.int8_attention:  # plugin nodes compute in floating point
             model = inline_plugins(model)
         declared = declared_exclusions(self.model, model)
@@ -425,7 +464,7 @@ class ExportRun:
             attention=self.request.int8_attention,
             cache=self.request.calibration_cache,
         )
-        int8 = quantise(model, self.calibration, options, progress=self._calibrated)
+        int8 = quantise(model, self.calibration, options, progress=self.calibrated)
         half = to_fp16(int8.model, keep_fp32=self.request.fp16_exclude, ranges=ranges)
         facts = {
             **self._range_facts(ranges),
@@ -443,15 +482,15 @@ class ExportRun:
         def work() -> None:
             save_model(inline_plugins(onnx.load(source)), path)
 
-        return self._stage(f"inline-{precision}", work, {}, [source], path)
+        return self.stage(f"inline-{precision}", work, {}, [source], path)
 
     def _strip(self, precision: str, source: Path) -> Path:
-        path = self._stripped_path(precision)
+        path = self.stripped_path(precision)
 
         def work() -> None:
             save_model(strip_bodies(onnx.load(source)), path)
 
-        return self._stage(f"strip-{precision}", work, {}, [source], path)
+        return self.stage(f"strip-{precision}", work, {}, [source], path)
 
     def _expand(self, precision: str, source: Path) -> Path:
         path = self.directory.path / f"model.plugin{_suffix(precision)}.launches.onnx"
@@ -461,9 +500,9 @@ class ExportRun:
             save_model(result.model, path)
             return {"notes": result.notes, "expanded": list(result.expanded)}
 
-        return self._stage(f"launches-{precision}", work, {}, [source], path)
+        return self.stage(f"launches-{precision}", work, {}, [source], path)
 
-    def _stage(
+    def stage(
         self,
         name: str,
         work: Callable[[], Mapping[str, object] | None],
@@ -471,15 +510,28 @@ class ExportRun:
         inputs: list[Path],
         output: Path,
     ) -> Path:
+        """Run a stage that writes one file of the run directory, unless nothing that it depends on has changed.
+
+        Args:
+            name: unique name of the stage.
+            work: writes the file; what it returns is recorded.
+            settings: everything but the inputs that the file depends on, as JSON values.
+            inputs: files that it is made from.
+            output: the file.
+
+        Returns:
+            The file.
+        """
         relative = output.relative_to(self.directory.path).as_posix()
         return self.directory.stage(name, work, settings=settings, inputs=inputs, outputs=[relative])[0]
 
-    def _plugin_path(self, precision: str) -> Path:
+    def plugin_path(self, precision: str) -> Path:
         """Where a plugin form goes; it is an intermediate, kept out of sight, unless asked for."""
         folder = self.directory.path if self.request.plugins else self.directory.path / "intermediate"
         return folder / f"model.plugin{_suffix(precision)}.onnx"
 
-    def _stripped_path(self, precision: str) -> Path:
+    def stripped_path(self, precision: str) -> Path:
+        """Where a plugin form without function bodies goes."""
         return self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
 
     def _calibration(self) -> CalibrationSamples | None:
@@ -504,7 +556,9 @@ class ExportRun:
         ]
         return calibration_samples(bundled, inputs=shapes, types=dict.fromkeys(shapes, self.spec.input_type))
 
-    def _facts(self) -> dict[str, object]:
+    @property
+    def facts(self) -> dict[str, object]:
+        """What is run, on what and where."""
         return {
             "model": self.spec.name,
             "checkpoint": self.checkpoint.name,
@@ -532,7 +586,8 @@ class ExportRun:
             "shared_with_evaluation": self.calibration.shared_with(map(self.spec.network_inputs, self.samples)),
         }
 
-    def _calibrated(self, batches: int) -> None:
+    def calibrated(self, batches: int) -> None:
+        """Tell about the progress of a calibration."""
         self.progress("calibrate", batches, self.calibration.count if self.calibration else batches)
 
 

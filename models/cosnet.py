@@ -155,11 +155,54 @@ class COSNet(CoAttentionBase):
         Returns:
             Probability of the object in the target (batch, 1, height, width).
         """
-        exemplar = self.encoder(target)
-        features = self.encoder(references.flatten(0, 1)).unflatten(0, references.shape[:2])
-        attended = self.attend_group(exemplar, features)
+        return self.segment_features(self.encode(target), self._encode_each(references), target.shape[2:])
+
+    def forward_mean(self, target: torch.Tensor, references: torch.Tensor) -> torch.Tensor:
+        """Segment a target frame with each of N references, and average the probabilities, as the paper's tests do.
+
+        Args:
+            target: (batch, 3, height, width), preprocessed.
+            references: (batch, N, 3, height, width).
+
+        Returns:
+            Probability of the object in the target (batch, 1, height, width).
+        """
+        return self.average_features(self.encode(target), self._encode_each(references), target.shape[2:])
+
+    def encode(self, frames: torch.Tensor) -> torch.Tensor:
+        """Return what the heads need of frames (batch, 3, height, width): features (batch, channels, h, w)."""
+        features: torch.Tensor = self.encoder(frames)
+        return features
+
+    def segment_features(
+        self, exemplar: torch.Tensor, references: torch.Tensor, size: torch.Size | tuple[int, int]
+    ) -> torch.Tensor:
+        """Compute `forward_group` from features.
+
+        Args:
+            exemplar: features of the targets (batch, channels, h, w).
+            references: features of N references for each target (batch, N, channels, h, w).
+            size: (height, width) of the frames; features of several sizes of frames have the same.
+
+        Returns:
+            Probability of the object in the targets (batch, 1, height, width).
+        """
+        attended = self.attend_group(exemplar, references)
         hidden = self.relu(self.bn1(self.conv1(torch.cat([attended, exemplar], dim=1))))
-        return _probability(self.main_classifier1(hidden), target.shape[2:])
+        return _probability(self.main_classifier1(hidden), size)
+
+    def average_features(
+        self, exemplar: torch.Tensor, references: torch.Tensor, size: torch.Size | tuple[int, int]
+    ) -> torch.Tensor:
+        """Compute `forward_mean` from features; arguments and result as in `segment_features`."""
+        repeated = exemplar[:, None].expand(-1, references.shape[1], -1, -1, -1)
+        single = self.segment_features(repeated.flatten(0, 1), references.flatten(0, 1)[:, None], size)
+        return single.reshape(*references.shape[:2], *single.shape[1:]).mean(dim=1)
+
+    def _encode_each(self, references: torch.Tensor) -> torch.Tensor:
+        """Return the features of references (batch, N, 3, height, width), (batch, N, channels, h, w)."""
+        features = self.encode(references.flatten(0, 1))
+        return features.reshape(*references.shape[:2], *features.shape[1:])
 
 
 def _probability(logits: torch.Tensor, size: torch.Size | tuple[int, ...]) -> torch.Tensor:

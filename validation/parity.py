@@ -20,6 +20,7 @@ from edgeattn.models.spec import ModelSpec, Sample
 from edgeattn.validation import runners
 from edgeattn.validation.metrics import Agreement, Confusion, TensorComparison, TensorError
 from edgeattn.validation.open_form import open_form
+from edgeattn.validation.qdq_consistency import contradictions
 from edgeattn.validation.records import (
     Form,
     FormParity,
@@ -193,7 +194,7 @@ class _Candidate:
         errors = tally.errors().values()
         widest = max(errors, key=lambda error: error.reference_peak / (error.reference_rms or 1.0), default=None)
         peak, rms = (widest.reference_peak, widest.reference_rms) if widest else (0.0, 0.0)
-        derived = tolerance(self.form.precision, self.arithmetic, peak=peak, rms=rms)
+        derived = tolerance(self.form.precision, self.arithmetic, peak=peak, rms=rms, metric=self.spec.metric)
         return as_set_by_user(derived, user, self.spec.main_outputs)
 
 
@@ -331,7 +332,11 @@ def _judge(
     limits = candidate.limits(tally, user)
     score = TaskScore.of(original.metric, tally.confusion)
     drop = original.value - score.value
-    broken = (*_broken_claims(candidate.form, candidate.facts), *candidate.file.broken_claims)
+    broken = (
+        *_broken_claims(candidate.form, candidate.facts),
+        *candidate.file.broken_claims,
+        *contradictions(candidate.file.model),
+    )
     measured = (candidate.failure,) if candidate.failure else tally.reasons(limits, drop, unlabelled)
     return FormParity(
         form=candidate.form,

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from math import ceil, isfinite, prod, sqrt
+from typing import Any
 
 import onnx
 from onnx import helper, inliner, shape_inference
@@ -21,13 +22,13 @@ FP32_RELATIVE_L2 = 1e-5
 """Bar of the project: no FP32 output may be farther than this from the original, whatever the derivation allows."""
 
 FP16_LABEL_AGREEMENT = 0.995
-"""Bar of the project: fraction of pixels that an FP16 form labels as the original does."""
+"""Bar of the project: fraction of labels, of pixels or of whole images, that an FP16 form shares with the original."""
 
 BF16_LABEL_AGREEMENT = 1 - 8 * (1 - FP16_LABEL_AGREEMENT)
-"""The same for BF16, whose unit roundoff is eight times FP16's: as many times more pixels lie within the error."""
+"""The same for BF16, whose unit roundoff is eight times FP16's: as many times more labels lie within the error."""
 
 INT8_TASK_DROP = 0.01
-"""Bar of the project: one point of mIoU between an INT8 form and the FP32 original."""
+"""Bar of the project: one point of the task metric between an INT8 form and the FP32 original."""
 
 CONFIDENCE = 4.0
 """The factor lambda of the probabilistic bound; one value exceeds it with probability 2 exp(-lambda^2 / 2) = 7e-4."""
@@ -85,8 +86,8 @@ class Tolerance:
 
     Attributes:
         relative_l2: largest relative L2 of any output on any sample.
-        label_agreement: smallest fraction of pixels labelled as the original labels them.
-        task_drop: largest difference of mIoU (0..1) from the original.
+        label_agreement: smallest fraction of labels, of pixels or of whole images, that are the original's.
+        task_drop: largest difference of the task metric (0..1) from the original's.
         expected_relative_l2: what the rounding model predicts as an upper estimate, judged or not.
         derivation: where the numbers come from.
         outputs: what the user set for single outputs.
@@ -98,6 +99,11 @@ class Tolerance:
     expected_relative_l2: float
     derivation: str
     outputs: tuple[OutputLimit, ...] = ()
+
+    @classmethod
+    def from_dict(cls, record: Mapping[str, Any]) -> Tolerance:
+        """Return the tolerance that a record such as `parity.json` holds as plain data."""
+        return cls(**{**record, "outputs": tuple(OutputLimit(**entry) for entry in record["outputs"])})
 
     def of_output(self, name: str) -> OutputLimit:
         """Return the limits of an output's error: the user's where set, the derived one otherwise."""
@@ -308,7 +314,18 @@ _SUMMED: dict[str, _Summed] = {
 }
 
 
-def tolerance(precision: str, arithmetic: Arithmetic, *, peak: float, rms: float) -> Tolerance:
+@dataclass(frozen=True)
+class _Original:
+    """What a derivation takes from the original: range and root mean square of its outputs, and its task metric."""
+
+    peak: float
+    rms: float
+    metric: str
+
+
+def tolerance(
+    precision: str, arithmetic: Arithmetic, *, peak: float, rms: float, metric: str = "task metric"
+) -> Tolerance:
     """Derive the limits for a form.
 
     Args:
@@ -316,12 +333,13 @@ def tolerance(precision: str, arithmetic: Arithmetic, *, peak: float, rms: float
         arithmetic: of the form's graph.
         peak: largest absolute value among the original's outputs.
         rms: root mean square of the original's outputs.
+        metric: what the task is judged by, such as "mIoU"; for the derivation's words.
 
     Raises:
         UserError: the precision has no derivation.
     """
     require_precision(precision)
-    derived = _DERIVATIONS[precision](arithmetic, peak, rms)
+    derived = _DERIVATIONS[precision](arithmetic, _Original(peak, rms, metric))
     return replace(derived, derivation=" ".join([derived.derivation, *_conditions(arithmetic)]))
 
 
@@ -335,7 +353,7 @@ def require_precision(precision: str) -> None:
         raise UserError(f"no tolerance is derived for precision {precision!r}. Use one of {', '.join(_DERIVATIONS)}.")
 
 
-def _fp32(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
+def _fp32(arithmetic: Arithmetic, original: _Original) -> Tolerance:
     expected = CONFIDENCE * sqrt(2 * arithmetic.depth * arithmetic.reduction) * _FP32_UNIT
     limit = min(expected, FP32_RELATIVE_L2)
     return Tolerance(
@@ -351,7 +369,7 @@ def _fp32(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
     )
 
 
-def _fp16(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
+def _fp16(arithmetic: Arithmetic, original: _Original) -> Tolerance:
     expected = CONFIDENCE * sqrt(2 * max(arithmetic.depth, 1)) * _FP16_UNIT
     return Tolerance(
         relative_l2=expected,
@@ -361,13 +379,13 @@ def _fp16(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
         derivation=(
             f"{_chain(arithmetic)} each rounding its weights and its result once with unit 2^-11 "
             f"({_sums(arithmetic)}): {CONFIDENCE:g} sqrt(2 x {max(arithmetic.depth, 1)}) 2^-11 = {expected:.2g}. The "
-            f"outputs reach {peak:.3g} of the 65504 that FP16 holds. Labels: the project's bar of "
-            f"{FP16_LABEL_AGREEMENT:.1%}, since only pixels whose two best scores lie closer than that error may flip."
+            f"outputs reach {original.peak:.3g} of the 65504 that FP16 holds. Labels: the project's bar of "
+            f"{FP16_LABEL_AGREEMENT:.1%}, since only those whose two best scores lie closer than that error may change."
         ),
     )
 
 
-def _bf16(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
+def _bf16(arithmetic: Arithmetic, original: _Original) -> Tolerance:
     depth = max(arithmetic.depth, 1)
     expected = CONFIDENCE * sqrt(2 * depth) * _BF16_UNIT
     return Tolerance(
@@ -377,15 +395,15 @@ def _bf16(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
         expected_relative_l2=expected,
         derivation=(
             f"{_chain(arithmetic)} each rounding its weights and its result once with unit 2^-8 (sums run in FP32): "
-            f"{CONFIDENCE:g} sqrt(2 x {depth}) 2^-8 = {expected:.2g}. Labels: eight times as many pixels lie within "
+            f"{CONFIDENCE:g} sqrt(2 x {depth}) 2^-8 = {expected:.2g}. Labels: eight times as many lie within "
             f"that error as within FP16's, so {BF16_LABEL_AGREEMENT:.1%} in place of FP16's "
             f"{FP16_LABEL_AGREEMENT:.1%}."
         ),
     )
 
 
-def _int8(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
-    crest = peak / rms if rms else 1.0
+def _int8(arithmetic: Arithmetic, original: _Original) -> Tolerance:
+    crest = original.peak / original.rms if original.rms else 1.0
     steps, depth = max(arithmetic.quantised, 1), max(arithmetic.depth, 1)
     noise, rounding = sqrt(steps) * crest / (127 * sqrt(12)), sqrt(2 * depth) * _FP16_UNIT
     expected = sqrt(noise**2 + rounding**2)
@@ -399,7 +417,7 @@ def _int8(arithmetic: Arithmetic, peak: float, rms: float) -> Tolerance:
             f"{crest:.2g} times the RMS as at the outputs: sqrt({steps}) x {crest:.2g} / (127 sqrt(12)) = {noise:.2g}; "
             f"with the FP16 rounding of {depth} operations in sequence, sqrt(2 x {depth}) 2^-11 = {rounding:.2g}, "
             f"{expected:.2g} in all. {CONFIDENCE:g} times that is the limit of any one image. The task: the project's "
-            f"bar, within {100 * INT8_TASK_DROP:g} point of the original's mIoU."
+            f"bar, within {100 * INT8_TASK_DROP:g} point of the original's {original.metric}."
         ),
     )
 
@@ -426,7 +444,7 @@ def _chain(arithmetic: Arithmetic) -> str:
     return f"{arithmetic.depth} rounding operations in sequence,"
 
 
-_DERIVATIONS: dict[str, Callable[[Arithmetic, float, float], Tolerance]] = {
+_DERIVATIONS: dict[str, Callable[[Arithmetic, _Original], Tolerance]] = {
     "fp32": _fp32,
     "fp16": _fp16,
     "bf16": _bf16,

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import io
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +16,21 @@ from edgeattn.foundation import UserError, sha256_of
 from edgeattn.models import ModelSpec
 from edgeattn.models.deployable import Deployment
 from edgeattn.validation.runners import TorchRunner
+
+
+@dataclass(frozen=True)
+class GoldenSample:
+    """One golden sample.
+
+    Attributes:
+        name: of its file in the bundle.
+        data: bytes of the file.
+        outputs: of the original by name.
+    """
+
+    name: str
+    data: bytes
+    outputs: Mapping[str, np.ndarray]
 
 
 def checkpoint_of(run: Run, spec: ModelSpec, checkpoint: Path | None) -> Path:
@@ -39,8 +55,8 @@ def deployment_of(run: Run) -> Deployment:
 
 def golden_samples(
     run: Run, spec: ModelSpec, checkpoint: Path, images: Path | None, count: int
-) -> Iterator[tuple[str, bytes]]:
-    """Yield name and bytes of each golden sample: an uncompressed .npz, the same bytes each time.
+) -> Iterator[GoldenSample]:
+    """Yield each golden sample: an uncompressed .npz, the same bytes each time.
 
     Args:
         run: the run, which says the size.
@@ -77,4 +93,4 @@ def golden_samples(
                 arrays["target"] = sample.target.astype(np.int16)
             stream = io.BytesIO()
             np.savez(stream, allow_pickle=False, **arrays)
-            yield f"golden/{index:03}.npz", stream.getvalue()
+            yield GoldenSample(f"golden/{index:03}.npz", stream.getvalue(), outputs)

@@ -14,7 +14,7 @@ from typing import Any
 
 import jinja2
 
-from edgeattn.deploy.bundle.golden import checkpoint_of, deployment_of, golden_samples
+from edgeattn.deploy.bundle.golden import GoldenSample, checkpoint_of, deployment_of, golden_samples
 from edgeattn.deploy.bundle.plugin_sources import plugin_members
 from edgeattn.deploy.bundle.run_forms import BundledForm, Run, bundled_forms, read_run
 from edgeattn.deploy.bundle.signature import check_signature, read_private_key, sign_bundle
@@ -116,10 +116,10 @@ def make_bundle(request: BundleRequest, progress: Progress | None = None) -> Bun
     elif request.kernels is not None:
         raise UserError(f"kernels are given ({request.kernels}), but the run has no plugin form. Drop --kernels.")
     tell("golden", 0, request.golden)
-    samples: list[dict[str, object]] = []
-    for name, data in golden_samples(run, base, checkpoint, request.images, request.golden):
-        members[name] = data
-        samples.append({"file": name, "index": len(samples)})
+    samples: list[GoldenSample] = []
+    for sample in golden_samples(run, base, checkpoint, request.images, request.golden):
+        members[sample.name] = sample.data
+        samples.append(sample)
         tell("golden", len(samples), request.golden)
     members |= _device_package()
     if request.timing_cache is not None:
@@ -204,7 +204,7 @@ def _content(
     spec: ModelSpec,
     target: Target,
     forms: Sequence[BundledForm],
-    samples: Sequence[Mapping[str, object]],
+    samples: Sequence[GoldenSample],
     plugins: Mapping[str, object] | None,
 ) -> dict[str, Any]:
     """Return the manifest but for the files."""
@@ -235,12 +235,13 @@ def _content(
                 "plugin_nodes": form.plugin_nodes,
                 "profiles": form.profiles,
                 "tolerance": dict(form.tolerance),
+                "allowed_error": form.allowed_errors([sample.outputs for sample in samples]),
                 "support": dict(form.support),
             }
             for form in forms
         },
         "golden": {
-            "samples": list(samples),
+            "samples": [{"file": sample.name, "index": index} for index, sample in enumerate(samples)],
             "origin": run.facts["evaluation"],
             "reference": f"PyTorch original {spec.original} on the CPU, FP32",
         },

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import onnx
 
 from edgeattn.export.engine import ProfileOptions
@@ -18,6 +19,8 @@ from edgeattn.export.surgery import strip_bodies
 from edgeattn.foundation import UserError, sha256_of
 from edgeattn.plugins_trt import DOMAIN
 from edgeattn.targets import Target
+from edgeattn.validation.saturation import Squashing, condition_of
+from edgeattn.validation.tolerance import Tolerance, arithmetic_of
 
 PLAIN, WITH_BODIES, STRIPPED = "plain", "plugin, with bodies", "plugin, stripped"
 
@@ -27,13 +30,14 @@ class BundledForm:
     """The model of one precision.
 
     Attributes:
-        precision: "fp32", "fp16" or "int8".
+        precision: "fp32", "fp16", "bf16" or "int8".
         source: the run's file that it comes from.
         data: bytes of the ONNX file for the target.
         representation: `PLAIN`, `WITH_BODIES` or `STRIPPED`.
         plugin_nodes: nodes that have to become plugin layers.
         profiles: by input name, the smallest, usual and largest shape; one mapping for each profile.
-        tolerance: derived limits, as `parity.json` has them.
+        tolerance: limits, derived or set by the user, as `parity.json` has them.
+        squashed: outputs that come from a Sigmoid or Softmax.
         support: what the target's TensorRT is expected to say of it.
     """
 
@@ -44,7 +48,26 @@ class BundledForm:
     plugin_nodes: int
     profiles: list[dict[str, list[list[int]]]]
     tolerance: Mapping[str, Any]
+    squashed: tuple[Squashing, ...]
     support: Mapping[str, Any]
+
+    def allowed_errors(self, samples: Sequence[Mapping[str, np.ndarray]]) -> dict[str, list[float]]:
+        """Return the norm of the error that each sample may have, for outputs from a Sigmoid or Softmax.
+
+        Of such an output the relative error alone says little, and what says more depends on the sample; see
+        `edgeattn.validation.saturation`. An output whose error is not judged is left out.
+
+        Args:
+            samples: outputs of the original by name, sample by sample.
+        """
+        limits = Tolerance.from_dict(self.tolerance)
+        found = {}
+        for entry in self.squashed:
+            conditions = [condition_of(entry, outputs[entry.output]) for outputs in samples]
+            norms = [limits.allowed_error(entry.output, condition) for condition in conditions]
+            if judged := [norm for norm in norms if norm is not None]:
+                found[entry.output] = judged
+        return found
 
 
 @dataclass(frozen=True)
@@ -134,6 +157,7 @@ def _form(run: Run, entry: Mapping[str, Any], target: Target, axes: tuple[str, .
     source = run.recorded(entry["form"]["path"])
     data = source.read_bytes()
     model = onnx.load_from_string(data)
+    squashed = arithmetic_of(model).squashed  # before the bodies of functions are gone
     plugin_nodes = sum(node.domain == DOMAIN for node in model.graph.node)
     representation = WITH_BODIES if plugin_nodes else PLAIN
     if plugin_nodes and not target.takes_function_bodies:
@@ -150,6 +174,7 @@ def _form(run: Run, entry: Mapping[str, Any], target: Target, axes: tuple[str, .
         plugin_nodes,
         [{part.name: [[*shape] for shape in part.shapes] for part in profile} for profile in profiles],
         entry["tolerance"],
+        squashed,
         support,
     )
 

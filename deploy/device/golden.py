@@ -105,12 +105,14 @@ def resized(maps: np.ndarray, size: Sequence[int], *, aligned: bool = True) -> n
 
 @dataclass
 class _OutputError:
-    """Differences of one output, over all samples."""
+    """Differences of one output, over all samples; the norms of error and reference for each of them."""
 
     worst_relative_l2: float = 0.0
     max_abs: float = 0.0
     mismatched: int = 0
     compared: int = 0
+    error_norms: list[float] = field(default_factory=list)
+    reference_norms: list[float] = field(default_factory=list)
 
     def add(self, reference: np.ndarray, actual: np.ndarray) -> None:
         if reference.shape != actual.shape:
@@ -123,7 +125,34 @@ class _OutputError:
         self.compared += difference.size
         self.max_abs = max(self.max_abs, float(difference.max(initial=0.0)))
         norm, wrong = float(np.sqrt((left**2).sum())), float(np.sqrt((difference**2).sum()))
-        self.worst_relative_l2 = max(self.worst_relative_l2, wrong / norm if norm else _FAR * (wrong > 0))
+        self.worst_relative_l2 = max(self.worst_relative_l2, _relative(wrong, norm))
+        self.error_norms.append(wrong)
+        self.reference_norms.append(norm)
+
+    def excess(self, limit: float | None, largest: float | None, allowed: Sequence[float] | None) -> Iterator[str]:
+        """Yield which limits are exceeded; comparisons are written so that NaN fails.
+
+        Args:
+            limit: of the relative L2 of any sample; None where it is not judged.
+            largest: allowed absolute difference of any value; None where it is not judged.
+            allowed: norm of the error that each sample may have, in place of `limit`; None where that counts.
+        """
+        if largest is not None and not self.max_abs <= largest:
+            yield f"absolute difference {self.max_abs:.2e} exceeds {largest:.2e}"
+        if limit is None:
+            return
+        if allowed is None:
+            if not self.worst_relative_l2 <= limit:
+                yield f"relative L2 {self.worst_relative_l2:.2e} exceeds {limit:.2e}"
+            return
+        samples = zip(self.error_norms, allowed, self.reference_norms, strict=True)
+        if beyond := [sample for sample in samples if not sample[0] <= sample[1]]:
+            wrong, most, norm = max(beyond, key=lambda sample: _relative(sample[0], sample[1]))
+            yield f"relative L2 {_relative(wrong, norm):.2e} exceeds {_relative(most, norm):.2e}"
+
+
+def _relative(error: float, norm: float) -> float:
+    return error / norm if norm else _FAR * (error > 0)
 
 
 @dataclass
@@ -166,11 +195,13 @@ class Comparison:
             counts = np.bincount(pairs, minlength=self.classes**2).reshape(self.classes, self.classes)
             self._confusions[name] = self._confusions.get(name, 0) + counts
 
-    def judge(self, limits: Mapping[str, Any]) -> dict[str, Any]:
+    def judge(self, limits: Mapping[str, Any], allowed: Mapping[str, Sequence[float]] | None = None) -> dict[str, Any]:
         """Return the verdict with its figures. Comparisons are written so that NaN fails.
 
         Args:
-            limits: the derived tolerances of the bundle; None where a quantity is not judged.
+            limits: the tolerance of the bundle, derived or set by its maker; None where a quantity is not judged.
+            allowed: for outputs whose relative error says little, such as the probabilities of a Sigmoid, the norm of
+                the error that each sample may have, in the order of the samples.
         """
         agreement = self._equal / self._labels
         scores = {name: _METRICS[self.metric](counts) for name, counts in self._confusions.items()}
@@ -183,18 +214,23 @@ class Comparison:
             "original_score": scores["original"],
             "task_drop": drop,
             "limits": dict(limits),
-            "reasons": (reasons := list(self._reasons(limits, agreement, drop))),
+            "allowed_error": dict(allowed or {}),
+            "reasons": (reasons := list(self._reasons(limits, allowed or {}, agreement, drop))),
             "verdict": "FAIL" if reasons else "PASS",
         }
 
-    def _reasons(self, limits: Mapping[str, Any], agreement: float, drop: float) -> Iterator[str]:
+    def _reasons(
+        self, limits: Mapping[str, Any], allowed: Mapping[str, Sequence[float]], agreement: float, drop: float
+    ) -> Iterator[str]:
+        given = {entry["output"]: entry for entry in limits.get("outputs", ())}
         for name, error in self._errors.items():
             if error.mismatched:
                 yield f"output {name}: {error.mismatched} values are NaN or infinite on one side only"
             if not error.compared:
                 yield f"output {name}: no value is finite on both sides, so nothing could be compared"
-            if limits["relative_l2"] is not None and not error.worst_relative_l2 <= limits["relative_l2"]:
-                yield f"output {name}: relative L2 {error.worst_relative_l2:.2e} exceeds {limits['relative_l2']:.2e}"
+            limit = given.get(name, {"relative_l2": limits["relative_l2"], "max_abs": None})
+            for excess in error.excess(limit["relative_l2"], limit["max_abs"], allowed.get(name)):
+                yield f"output {name}: {excess}"
         if limits["label_agreement"] is not None and not agreement >= limits["label_agreement"]:
             yield f"label agreement {agreement:.3%} is below {limits['label_agreement']:.3%}"
         if limits["task_drop"] is not None and not abs(drop) <= limits["task_drop"]:

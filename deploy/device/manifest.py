@@ -207,6 +207,10 @@ def _require_references(content: Mapping[str, Any], members: set[str]) -> None:
         for entry in content["precisions"].values():
             _ = entry["plugin_nodes"] + 0, entry["form"] + "", [*entry["profiles"]], {**entry["tolerance"]}
             complete = complete and {"relative_l2", "label_agreement", "task_drop"} <= entry["tolerance"].keys()
+            for given in entry["tolerance"].get("outputs", ()):
+                complete = complete and {"output", "relative_l2", "max_abs"} <= given.keys()
+            for norms in entry.get("allowed_error", {}).values():
+                complete = complete and len(norms) == len(content["golden"]["samples"])
         for part, keys in _PARTS.items():
             complete = complete and keys <= content[part].keys()
         plugins_fit = content["plugins"] is not None or not any(

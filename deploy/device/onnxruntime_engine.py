@@ -26,6 +26,11 @@ class OnnxRuntimeSession:
         try:
             self._session = onnxruntime.InferenceSession(data, options, providers=["CPUExecutionProvider"])
         except Exception as error:  # ONNX Runtime's errors have no common base
+            if type(error).__name__ == "NotImplemented":
+                raise DeviceError(
+                    "ONNX Runtime's CPU provider lacks an operator of the model in its type, as it lacks convolutions "
+                    f"in BF16, which TensorRT has: {error}. Use --engine tensorrt, or another --precision."
+                ) from error
             raise DeviceError(f"ONNX Runtime does not load the model: {error}. Use --engine tensorrt.") from error
         self.inputs: Mapping[str, np.dtype[Any]] = {
             value.name: np.dtype(_TYPES[value.type]) for value in self._session.get_inputs()

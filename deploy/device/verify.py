@@ -31,7 +31,7 @@ def verify(workspace: Workspace, precision: str | None, backend: Backend, tell: 
             golden = read_golden(workspace.bundle / sample["file"])
             comparison.add(golden, session.run(typed(session, golden.inputs)))
     record = {"measured": backend.measured(), "samples": len(content["golden"]["samples"])}
-    return {**record, **comparison.judge(entry["tolerance"])}
+    return {**record, **comparison.judge(entry["tolerance"], entry.get("allowed_error"))}
 
 
 @contextmanager

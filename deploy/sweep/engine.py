@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from edgeattn.deploy.sweep.tasks import (
     BLOCKED,
+    DONE,
     FAILED,
     SKIPPED,
     Result,
     Task,
-    blocked,
     execute,
     finished,
+    read_result,
 )
 from edgeattn.foundation import UserError, remove_leftovers, write_text
 
@@ -33,6 +34,12 @@ Progress = Callable[[str, int, int], None]
 
 PATIENCE = 60.0
 """Seconds that a task waits for a worker with its resource to come back; a process is restarted within a few."""
+
+POLL_SECONDS = 2.0
+"""Seconds between looks at the workers while no task ends."""
+
+CONNECTION_SECONDS = 15.0
+"""Seconds that a scheduler has to answer."""
 
 _THREADS = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
 """Environment of local workers: as many processes as there are processors, so one thread each."""
@@ -88,7 +95,7 @@ def run_tasks(
     with _client(workers, len(rest)) as client:
         _require_folder(client, root)
         _Run(client, root, call, results, tally).run(rest)
-    return results
+    return {task.name: results[task.name] for task in tasks}
 
 
 class _Tally:
@@ -124,24 +131,38 @@ class _Run:
         self._ended: queue.SimpleQueue[str] = queue.SimpleQueue()
 
     def run(self, tasks: Sequence[Task]) -> None:
-        """Submit tasks, each after those it needs, and wait for all of them."""
-        offered = self._resources()
-        for task in tasks:
-            if task.resource is not None and task.resource not in offered:
-                self._end(task, self._skipped(task))
-            elif lacking := self._lacking(task):
-                self._end(task, blocked(task, self._call, lacking))
-            else:
-                self._submit(task)
+        """Execute tasks, each after those it needs.
+
+        The scheduler is never told what a task needs: it would keep results in the memory of workers, and wait for a
+        worker that died with one, whereas they are in files.
+        """
+        waiting = self._begin(tasks)
         missed_since: dict[str | None, float] = {}
         while self._pending:
-            with contextlib.suppress(queue.Empty):
-                self._collect(self._ended.get(timeout=2.0))
-                continue
-            self._give_up(missed_since)
+            try:
+                self._collect(self._ended.get(timeout=POLL_SECONDS))
+            except queue.Empty:
+                self._give_up(missed_since)
+            waiting = self._begin(waiting)
 
-    def _submit(self, task: Task) -> None:
-        needed = [self._results.get(name) or self._pending[name][1] for name in task.needs]
+    def _begin(self, tasks: Sequence[Task]) -> list[Task]:
+        """Submit the tasks that have all they need, end those that cannot begin, and return the others."""
+        waiting = []
+        for task in tasks:
+            if not all(name in self._results for name in task.needs):
+                waiting.append(task)
+                continue
+            needed = [self._results[name] for name in task.needs]
+            if lacking := next((result for result in needed if result.status != DONE), None):
+                reason = f"needs {lacking.name}, which is {lacking.status}"
+                self._end(task, Result(task.name, task.key, BLOCKED, self._call, reason))
+            elif task.resource is not None and task.resource not in self._resources():
+                self._end(task, self._skipped(task))
+            else:
+                self._submit(task, needed)
+        return waiting
+
+    def _submit(self, task: Task, needed: Sequence[Result]) -> None:
         future = self._client.submit(
             execute,
             task,
@@ -159,13 +180,22 @@ class _Run:
         if name not in self._pending:  # given up meanwhile
             return
         task, future = self._pending.pop(name)
-        if future.status == "finished":
-            result = future.result()
-        elif lacking := self._lacking(task):
-            result = blocked(task, self._call, lacking)
-        else:
-            result = self._failed(task, _reason(future))
+        result = read_result(task, self._root)
+        if result is None or (result.call != self._call and (future.status != "finished" or result.status != DONE)):
+            result = self._fetched(task, future)
         self._end(task, result)
+
+    def _fetched(self, task: Task, future: Future) -> Result:
+        """Return the result of a task whose file cannot be seen here; network file systems may show it later."""
+        reason = _reason(future)
+        if future.status == "finished":
+            try:
+                result: Result = future.result(timeout=CONNECTION_SECONDS)
+            except Exception as error:  # the worker is gone, and the result with it
+                reason = f"its result cannot be seen here, and its worker does not answer ({type(error).__name__})"
+            else:
+                return result
+        return Result(task.name, task.key, FAILED, self._call, reason)
 
     def _give_up(self, missed_since: dict[str | None, float]) -> None:
         """End the tasks that no worker has been able to run for a while."""
@@ -186,19 +216,11 @@ class _Run:
         self._results[task.name] = result
         self._tally.ended(task)
 
-    def _lacking(self, task: Task) -> Result | None:
-        """Return the result of a task that is needed and was given up."""
-        unfinished = (self._results[name] for name in task.needs if name in self._results)
-        return next((result for result in unfinished if result.status in (BLOCKED, FAILED, SKIPPED)), None)
-
     def _skipped(self, task: Task) -> Result:
         wanted = f"with the resource {task.resource}" if task.resource else "at all"
         start = f"dask worker ADDRESS --resources {task.resource}=1" if task.resource else "dask worker ADDRESS"
         reason = f"there is no worker {wanted}. Start one with `{start}` and give its scheduler with --scheduler."
         return Result(task.name, task.key, SKIPPED, self._call, reason)
-
-    def _failed(self, task: Task, reason: str) -> Result:
-        return Result(task.name, task.key, FAILED, self._call, reason)
 
     def _workers(self) -> Mapping[str, Any]:
         workers: Mapping[str, Any] = self._client.scheduler_info(n_workers=-1)["workers"]
@@ -209,11 +231,11 @@ class _Run:
 
 
 def _reason(future: Future) -> str:
-    """Return why the workers have no result of a task: they died of it, or could not write one."""
+    """Return why a task ended without a result of this call: its workers died, or could not write it."""
     from distributed import KilledWorker
 
     if future.status != "error":
-        return f"the scheduler gave the task up ({future.status})"
+        return f"the scheduler gave it up ({future.status})"
     error = future.exception()
     if isinstance(error, KilledWorker):
         return "every process that executed it died, which is most often for want of memory. Use fewer workers."

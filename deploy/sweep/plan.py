@@ -97,9 +97,11 @@ class _Builder:
         """Return a cell of the matrix after making its tasks."""
         options, inputs = self._sweep.options, self._inputs[checkpoint.name]
         opset = options.opset or TARGETS.get(target.name).opset
-        common: dict[str, Any] = {name: getattr(checkpoint, name) for name in ("model", "path", "layout")}
+        # Files count by their content, wherever they are.
+        files = {name: getattr(checkpoint, name) for name in ("path", "images", "calibration")}
+        judged = {"samples": options.samples}
+        common: dict[str, Any] = {"model": checkpoint.model, "layout": checkpoint.layout}
         common |= {"size": list(size), "opset": opset}
-        judged = {"images": checkpoint.images, "samples": options.samples}
         made: dict[str, Task] = {}
 
         def add(
@@ -111,12 +113,12 @@ class _Builder:
             indifferent: Mapping[str, Any] | None = None,
             resource: str | None = None,
         ) -> None:
-            """Make a task, whose result does not depend on what it is `indifferent` to, though it is told."""
+            """Make a task; it is told what its result is `indifferent` to, which does not count into its key."""
             needed = [made[name] for name in needs]
             read = {name: inputs[name] for name in reads if name in inputs}
             key = content_key(STAGES[stage], settings, read, needed, self._versions)
             names = tuple(task.name for task in needed)
-            told = {**settings, **(indifferent or {})}
+            told = {**files, **(indifferent or {}), **settings}
             task = Task(stage, label, STAGES[stage], told, key, names, resource)
             made[stage] = self.tasks.setdefault(task.name, task)
 
@@ -125,7 +127,7 @@ class _Builder:
         converted = common | {"precision": precision}
         data: tuple[str, ...] = ("weights",)
         if precision != "fp32":
-            converted |= {"fp16_exclude": list(options.fp16_exclude), "calibration": checkpoint.calibration}
+            converted |= {"fp16_exclude": list(options.fp16_exclude)}
             data = ("weights", "calibration")
         if precision == "int8":
             converted |= {
@@ -142,8 +144,7 @@ class _Builder:
         add("support", label, aimed, "parity")
         add("estimate", label, aimed, "parity")
         if options.bundle:
-            packed = {"path": checkpoint.path, "images": checkpoint.images, "golden": options.golden}
-            packed["weights_licence"] = options.weights_licence
+            packed = {"golden": options.golden, "weights_licence": options.weights_licence}
             add("bundle", label, aimed | packed, "parity")
         device = self._sweep.device
         if device is not None and (device.engine != TENSORRT or target.resource is not None):

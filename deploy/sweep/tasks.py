@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from edgeattn.foundation import UserError, sha256_of, write_text
+from edgeattn.foundation import UserError, remove_leftovers, sha256_of, write_text
 
 DONE, FAILED, BLOCKED, SKIPPED = "done", "failed", "blocked", "skipped"
 """Outcomes: finished; raised an error; not begun, because something it needs did not finish; no worker may run it."""
@@ -134,9 +134,17 @@ def content_key(
     return hashlib.sha256(json.dumps(basis, sort_keys=True).encode()).hexdigest()
 
 
+def read_result(task: Task, root: Path) -> Result | None:
+    """Return the result that was written of a task; None where there is none, or it is of another release."""
+    try:
+        return Result(**json.loads(task.record(root).read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError):
+        return None
+
+
 def finished(task: Task, root: Path, needed: Sequence[Result]) -> Result | None:
     """Return the task's result if it is done, its files are as it left them, and so is what it read; None otherwise."""
-    known = _read(task.record(root))
+    known = read_result(task, root)
     if known is None or known.status != DONE or known.key != task.key or known.needed != _digests(needed):
         return None
     folder = root / known.folder
@@ -152,14 +160,12 @@ def execute(task: Task, root: Path, call: str, needed: Sequence[Result]) -> Resu
         task: the task.
         root: the sweep's folder.
         call: which call of the sweep this is; what failed in this very call is not tried again.
-        needed: results of the tasks it needs.
+        needed: results of the tasks it needs, which are done.
     """
-    if lacking := [result for result in needed if result.status != DONE]:
-        return blocked(task, call, lacking[0])
     if (known := finished(task, root, needed)) is not None:
         return known
     path = task.record(root)
-    known, folder = _read(path), task.folder(root)
+    known, folder = read_result(task, root), task.folder(root)
     if known is not None and known.status == FAILED and known.call == call:
         return known
     if known is not None and known.status == DONE:  # its files were changed, or what it had read
@@ -169,6 +175,7 @@ def execute(task: Task, root: Path, call: str, needed: Sequence[Result]) -> Resu
     outcome: dict[str, Any]
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        remove_leftovers(folder)
         facts = _function(task)(Job(root, folder, task.label, task.settings, {_stage(r): r for r in needed}))
         outcome = {"status": DONE, "facts": dict(facts), "digest": sha256_of(folder)}
     except UserError as error:
@@ -192,11 +199,6 @@ def execute(task: Task, root: Path, call: str, needed: Sequence[Result]) -> Resu
     return result
 
 
-def blocked(task: Task, call: str, lacking: Result) -> Result:
-    """Return the result of a task that cannot begin without another one."""
-    return Result(task.name, task.key, BLOCKED, call, f"needs {lacking.name}, which is {lacking.status}")
-
-
 def _function(task: Task) -> Callable[[Job], Mapping[str, Any]]:
     module, _, name = task.function.partition(":")
     function: Callable[[Job], Mapping[str, Any]] = getattr(importlib.import_module(module), name)
@@ -209,11 +211,3 @@ def _stage(result: Result) -> str:
 
 def _digests(results: Sequence[Result]) -> dict[str, str]:
     return {_stage(result): result.digest for result in results}
-
-
-def _read(path: Path) -> Result | None:
-    """Return a result that was written; None where there is none, or it is of another release."""
-    try:
-        return Result(**json.loads(path.read_text(encoding="utf-8")))
-    except (OSError, ValueError, TypeError):
-        return None

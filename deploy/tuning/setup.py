@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 from pathlib import Path
 
@@ -21,7 +20,7 @@ from edgeattn.export.metadata import metadata_of
 from edgeattn.export.node_selection import selected_names, with_node_names
 from edgeattn.export.precision_types import FP16
 from edgeattn.export.surgery import inline_plugins
-from edgeattn.foundation import UserError, remove_leftovers, sha256_of, write_text
+from edgeattn.foundation import UserError, remove_leftovers, sha256_of
 from edgeattn.validation.runners import MEASURED_ON
 
 MEASURED = f"accuracy: {MEASURED_ON}, FP16 emulated with rounding after each operation, Q/DQ computed as written"
@@ -68,14 +67,13 @@ class ModuleRun(ExportRun):
 
     def prepare(self) -> Workbench:
         """Export, calibrate once, run the original on all samples, and return what evaluates assignments."""
-        self.directory.describe(self._facts())
-        write_text(self.directory.path / "load_report.json", json.dumps(self.loaded.as_dict(), indent=1) + "\n")
-        source = self._export()
+        self.begin()
+        source = self.export()
         graph = self._named(source)
         model = onnx.load(graph)
         modules = self._modules(model)
         calibration = self._known_calibration(model) if self.request.int8 else None
-        surroundings = Surroundings(self._measured(FP16, onnx.load(source)), self.request.fp16_exclude)
+        surroundings = Surroundings(self.measured_ranges(FP16, onnx.load(source)), self.request.fp16_exclude)
         samples = self._judged_samples()
         results = self._folder("evaluations")
         target = self.target.name if self.target else None
@@ -95,7 +93,7 @@ class ModuleRun(ExportRun):
             model = onnx.load(source)
             save_model(with_node_names(inline_plugins(model) if attention else model), path)
 
-        return self._stage("modules", work, {"attention": attention}, [source], path)
+        return self.stage("modules", work, {"attention": attention}, [source], path)
 
     def _modules(self, model: onnx.ModelProto) -> tuple[Module, ...]:
         """Group the nodes; layers that their block or the user keeps out of INT8 have no INT8 form."""
@@ -116,7 +114,7 @@ class ModuleRun(ExportRun):
             attention=self.request.int8_attention,
             cache=self.request.calibration_cache or self.directory.path / "intermediate" / "calibration",
         )
-        return calibrate(model, self.calibration, options, progress=self._calibrated)
+        return calibrate(model, self.calibration, options, progress=self.calibrated)
 
     def _judged_samples(self) -> JudgedSamples:
         images = self.request.images

@@ -13,7 +13,7 @@ from typing import Any
 import onnx
 
 from edgeattn.deploy.files import form_of
-from edgeattn.deploy.pipeline import PLUGIN_HOSTS, ExportRequest, Progress
+from edgeattn.deploy.pipeline import ExportRequest, Progress
 from edgeattn.deploy.tuning.budget import Budget, parse_budget
 from edgeattn.deploy.tuning.data import ALL, CONFIRMATION, NONE, SEARCH, JudgedSamples
 from edgeattn.deploy.tuning.evaluation import Evaluator, Outcome, Trial, Workbench, evaluator
@@ -232,7 +232,7 @@ class TuneRun(ModuleRun):
 
     def _write(self, bench: Workbench, chosen: Assignment) -> tuple[list[Form], list[str]]:
         """Write the FP32 forms and the tuned ones, and return them with notes on the latter."""
-        fp32 = self._plugin_path("fp32")
+        fp32 = self.plugin_path("fp32")
         notes: list[str] = []
 
         def make(_: onnx.ModelProto) -> tuple[Fp16Result, dict[str, object]]:
@@ -246,26 +246,19 @@ class TuneRun(ModuleRun):
             "calibration": _calibration_key(bench.calibration),
             "surroundings": hashlib.sha256(bench.surroundings.key.encode()).hexdigest(),
         }
-        tuned = self._convert(TUNED, bench.graph, make, settings)
+        tuned = self.convert(TUNED, bench.graph, make, settings)
         notes += self.notes.get(TUNED, [])
-        forms = []
-        for name, path in (("fp32", fp32), (TUNED, tuned)):
-            forms.append(self._form(name, self._inline(name, path)))
-            if self.request.plugins:
-                forms.append(self._form(f"{name} plugin", path))
-                if self.target and not self.target.takes_function_bodies:
-                    self._strip(name, path)
-                if self.request.plugin_host != PLUGIN_HOSTS[0]:
-                    self._expand(name, path)
+        forms = [
+            replace(form_of(open_form(file, name=name)), name=name)
+            for precision, path in (("fp32", fp32), (TUNED, tuned))
+            for name, file, _ in self.representations(precision, path)
+        ]
         lowered = any(form.precision != "fp32" for form in forms)
         return [form for form in forms if lowered or form.name.startswith(TUNED)], notes
 
-    def _form(self, name: str, path: Path) -> Form:
-        return replace(form_of(open_form(path, name=name)), name=name)
-
-    def _stripped_path(self, precision: str) -> Path:
+    def stripped_path(self, precision: str) -> Path:
         """Where a stripped form goes: the tuned one has no precision of its own in its name."""
-        return super()._stripped_path(precision if precision == "fp32" else TUNED)
+        return super().stripped_path(precision if precision == "fp32" else TUNED)
 
 
 def _notes(samples: JudgedSamples, confirmations: int, chosen: Assignment) -> list[str]:

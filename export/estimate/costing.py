@@ -135,7 +135,9 @@ class _Costing:
         roof = self.machine.roof
         rate = roof.tensor[precision] if macs and not narrow else roof.vector
         band, bound = seconds(declaration.kind, 2 * macs or others, rate, moved, roof.bandwidth)
-        return self._estimate(layer, declaration.kind, precision, macs, 2 * macs + int(others), moved, weights, band, bound), 0
+        return self._estimate(
+            layer, declaration.kind, precision, macs, 2 * macs + int(others), moved, weights, band, bound
+        ), 0
 
     def _read(self, layer: Layer, name: str) -> int:
         """Return what a layer reads of a buffer: all of it, or no more than it writes."""
@@ -171,9 +173,7 @@ class _Costing:
         node = layer.head
         spec = spec_of(node.op_type, len(node.inputs))
         tensors = self.fused.graph.tensors
-        shapes = {
-            tensor.name: tensors[name].shape for tensor, name in zip(spec.inputs, node.inputs, strict=True)
-        }
+        shapes = {tensor.name: tensors[name].shape for tensor, name in zip(spec.inputs, node.inputs, strict=True)}
         cost: Cost = cost_of(spec, _ELEMENTS[precision], self.machine.sm, spec.sizes_of(shapes))
         moved = plugin_traffic(cost)
         weights = sum(self.bytes_of(name) for name in layer.reads if name in self.fused.graph.constants)
@@ -222,9 +222,7 @@ def suppose_int8(fused: FusedGraph) -> Supposition:
     elsewhere: set[str] = set()
     for layer in fused.layers:
         product = layer.product
-        weights = product is not None and any(
-            name in constants for name in _operands(fused, product)
-        )
+        weights = product is not None and any(name in constants for name in _operands(fused, product))
         if product is None or not weights:
             elsewhere.update(layer.reads)
             continue
@@ -241,4 +239,3 @@ def suppose_int8(fused: FusedGraph) -> Supposition:
 def _operands(fused: FusedGraph, product: Node) -> list[str]:
     """Return the buffers that a product multiplies."""
     return [fused.buffers.get(name, name) for name in product.inputs[:2]]
-

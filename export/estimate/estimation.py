@@ -111,8 +111,8 @@ def _notes(fused: FusedGraph) -> list[str]:
     if not unknown:
         return []
     return [
-        f"no cost is declared for {', '.join(unknown)}: counted as one pass over inputs and outputs, without operations "
-        "(export/estimate/operators.py)"
+        f"no cost is declared for {', '.join(unknown)}: counted as one pass over inputs and outputs, without "
+        "operations (export/estimate/operators.py)"
     ]
 
 
@@ -184,9 +184,13 @@ def _plugin_gain(
                 "plugins", f"the plugin nodes {', '.join(sorted(missing))} come without bodies to compare them with"
             )
         plain = costs_of(fuse(sized(inlined(light, plugins=True))), machine)
-        return _difference("plugins", plain, costs, "over the plain form, the bodies in standard operators", present=True)
+        return _difference(
+            "plugins", plain, costs, "over the plain form, the bodies in standard operators", present=True
+        )
     if any(tensor.data_location == onnx.TensorProto.EXTERNAL for tensor in whole.graph.initializer):
-        return _no_gain("plugins", "the weights are in another file; estimate what `edgeattn rewrite` makes of the model")
+        return _no_gain(
+            "plugins", "the weights are in another file; estimate what `edgeattn rewrite` makes of the model"
+        )
     try:
         found = rewrite(_pinned(whole, light))
     except UserError as error:
@@ -227,7 +231,9 @@ def _precision_gain(change: str, fused: FusedGraph, costs: Costs, machine: Machi
         ]
         if not todo:
             return _no_gain(change, "the model is INT8 already" if done else "the model has no layer with weights")
-        note = "every convolution and linear layer in INT8, the rest in FP16; layers with too much noise would gain less"
+        note = (
+            "every convolution and linear layer in INT8, the rest in FP16; layers with too much noise would gain less"
+        )
     try:
         return _difference(change, costs, costs_of(fused, machine, supposed), note)
     except UserError as error:

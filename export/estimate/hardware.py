@@ -41,7 +41,7 @@ def roof_of(target: Target, *, tf32: bool = False) -> Roof:
         raise UserError(
             f"the target {target.name} does not state {', '.join(missing)}: modules of the family differ, or nobody "
             "has filed it. Name a module with --target, such as jetpack-6.2-orin-nx-16 (`edgeattn list targets`), or "
-            f"add the figure in ~/.config/edgeattn/targets.toml: [target.my-board] with base = \"{target.name}\" and "
+            f'add the figure in ~/.config/edgeattn/targets.toml: [target.my-board] with base = "{target.name}" and '
             f"{missing[0]} = NUMBER, and use --target my-board."
         )
     data = assumptions()["fp32"]
@@ -49,7 +49,8 @@ def roof_of(target: Target, *, tf32: bool = False) -> Roof:
     ratio = data["of_int8"].get(str(target.sm))
     if ratio is None:
         raise UserError(
-            f"the FP32 rate of sm_{target.sm} is not declared. Add it to export/estimate/assumptions.toml, [fp32] of_int8."
+            f"the FP32 rate of sm_{target.sm} is not declared. Add it to export/estimate/assumptions.toml, "
+            "[fp32] of_int8."
         )
     vector = int8 * ratio
     notes = [
@@ -106,6 +107,7 @@ def sentences(roof: Roof) -> tuple[str, ...]:
         *parts,
         f"each layer takes {launch} us more: {data['launch']['reason']}",
         *roof.notes,
+        str(memory["arena"]),
         f"{memory['usable']:.0%} of the memory is usable: {memory['usable_reason']}",
         f"{memory['runtime_bytes'] / 1e6:.0f} MB for {memory['runtime_reason']}",
         f"{memory['engine_bytes_per_layer'] / 1e3:.0f} kB of engine for each layer besides weights: "

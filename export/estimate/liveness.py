@@ -59,9 +59,7 @@ class _Arena:
         self.live -= self._blocks.pop(name, (0, 0))[1]
 
 
-def activation_memory(
-    fused: FusedGraph, bytes_of: Callable[[str], int], workspaces: Sequence[int]
-) -> ActivationMemory:
+def activation_memory(fused: FusedGraph, bytes_of: Callable[[str], int], workspaces: Sequence[int]) -> ActivationMemory:
     """Return what the activations of a graph take.
 
     A buffer lives from the layer that writes it to the last one that reads it. A pointwise layer writes over a buffer
@@ -75,7 +73,7 @@ def activation_memory(
     last: dict[str, int] = {}
     readers = Counter(name for layer in fused.layers for name in layer.reads)
     for index, layer in enumerate(fused.layers):
-        last.update({name: index for name in (*layer.writes, *layer.reads)})
+        last.update(dict.fromkeys((*layer.writes, *layer.reads), index))
     outputs = {fused.buffers.get(name, name) for name in fused.graph.outputs}
     inner = {name for layer in fused.layers for name in layer.writes} - outputs
     arena, live, place = _Arena(), 0, 0

@@ -47,7 +47,11 @@ class Comparison:
 
 def is_measurement(document: Any) -> bool:
     """Tell whether a JSON document is a result of `benchmarks/gpu/run.py` and no dry run."""
-    return isinstance(document, dict) and {"dry_run", "environment", "sections"} <= document.keys() and not document["dry_run"]
+    return (
+        isinstance(document, dict)
+        and {"dry_run", "environment", "sections"} <= document.keys()
+        and not document["dry_run"]
+    )
 
 
 def compare_measured(path: Path, target: Target) -> tuple[Comparison, ...]:

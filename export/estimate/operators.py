@@ -178,7 +178,7 @@ COSTS: Mapping[str, OperatorCost] = {
     **{name: _pointwise(4) for name in ("Celu", "Cos", "Elu", "Pow", "Selu", "Sin", "Sqrt", "Softsign", "Tanh")},
     **{name: _pointwise(8) for name in ("Gelu", "Mish", "Softplus", "Swish")},
     # Views.
-    **{name: _VIEW for name in ("Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze")},
+    **dict.fromkeys(("Dropout", "Flatten", "Identity", "Reshape", "Squeeze", "Unsqueeze"), _VIEW),
     "Transpose": OperatorCost("data movement", Role.SWAP),
     # Reductions, with operations for each input element.
     **{name: _reduction(1) for name in ("GlobalAveragePool", "GlobalMaxPool", "ReduceMax", "ReduceMean", "ReduceMin")},
@@ -187,9 +187,7 @@ COSTS: Mapping[str, OperatorCost] = {
     **{name: _reduction(5) for name in ("LogSoftmax", "ReduceLogSumExp", "Softmax")},
     **{name: _reduction(8) for name in ("GroupNormalization", "InstanceNormalization", "LayerNormalization", "LRN")},
     "RMSNormalization": _reduction(5),
-    **{
-        name: OperatorCost("reduction", Role.ALONE, flops=_window) for name in ("AveragePool", "LpPool", "MaxPool")
-    },
+    **{name: OperatorCost("reduction", Role.ALONE, flops=_window) for name in ("AveragePool", "LpPool", "MaxPool")},
     # Data movement.
     **{name: _movement() for name in ("Concat", "DepthToSpace", "Expand", "Pad", "ScatterElements", "ScatterND")},
     **{name: _movement() for name in ("ConstantOfShape", "EyeLike", "OneHot", "Range", "Shape", "Size", "Tile")},

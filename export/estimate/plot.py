@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import numpy as np
+from matplotlib.axes import Axes
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
@@ -63,15 +64,15 @@ def roofline_plot(estimate: Estimate, path: Path) -> Path:
     return path
 
 
-def _scatter(axes: object, kind: str, colour: str, layers: list[LayerEstimate], whole: float) -> None:
+def _scatter(axes: Axes, kind: str, colour: str, layers: list[LayerEstimate], whole: float) -> None:
     """Draw the layers of one kind."""
     x = [layer.flops / layer.bytes_moved for layer in layers]
     y = [layer.flops / layer.seconds.typical / 1e12 for layer in layers]
     below = [rate - layer.flops / layer.seconds.high / 1e12 for rate, layer in zip(y, layers, strict=True)]
     above = [layer.flops / layer.seconds.low / 1e12 - rate for rate, layer in zip(y, layers, strict=True)]
     share = sum(layer.seconds.typical for layer in layers) / whole
-    axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)  # type: ignore[attr-defined]
-    axes.scatter(  # type: ignore[attr-defined]
+    axes.errorbar(x, y, yerr=[below, above], fmt="none", ecolor=colour, elinewidth=0.8, alpha=0.5)
+    axes.scatter(
         x,
         y,
         s=[12 + 900 * layer.seconds.typical / whole for layer in layers],

@@ -1,4 +1,4 @@
-"""What an estimate says: layers, totals, memory, and what a change would gain. Seconds are bands, never measurements."""
+"""What an estimate says: layers, totals, memory, what a change would gain. Seconds are bands, never measurements."""
 
 from __future__ import annotations
 

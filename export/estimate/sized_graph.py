@@ -21,7 +21,7 @@ from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN, PLUGINS
 
 _KEPT_VALUES = 1024
-"""Elements up to which the values of an initializer are kept; larger ones are weights, of which only the size counts."""
+"""Elements up to which the values of an initializer are kept; of larger ones, the weights, only the size counts."""
 
 _CONTROL_FLOW = ("If", "Loop", "Scan", "SequenceMap")
 
@@ -208,7 +208,9 @@ def pin_inputs(model: onnx.ModelProto, sizes: Mapping[str, tuple[int, ...]]) -> 
     for name, shape in declared.items():
         given = sizes.get(name, shape)
         if len(given) != len(shape):
-            raise UserError(f"the input {name!r} is {_text(shape)}, but {_text(given)} was given. Give {len(shape)} axes.")
+            raise UserError(
+                f"the input {name!r} is {_text(shape)}, but {_text(given)} was given. Give {len(shape)} axes."
+            )
         for axis, (extent, wanted) in enumerate(zip(shape, given, strict=True)):
             if isinstance(wanted, str):
                 raise UserError(
@@ -274,7 +276,9 @@ def sized(model: onnx.ModelProto) -> SizedGraph:
             )
     sizes = Sizes(model, height=1, width=1)
     tensors = {
-        name: Tensor(sizes.element_types[name], shape) for name, shape in sizes.shapes.items() if name in sizes.element_types
+        name: Tensor(sizes.element_types[name], shape)
+        for name, shape in sizes.shapes.items()
+        if name in sizes.element_types
     }
     initializers = frozenset(tensor.name for tensor in graph.initializer)
     constants = {*initializers, *(name for name in sizes.values)}

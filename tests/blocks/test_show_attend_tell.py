@@ -6,7 +6,7 @@ import onnxruntime
 import pytest
 import torch
 
-from edgeattn.blocks.show_attend_tell import ShowAttendTell
+from edgeattn.blocks.show_attend_tell import ShowAttendTell, StackedShowAttendTell
 from edgeattn.export.to_onnx import prepare_for_export, to_onnx
 from edgeattn.validation.randomise import randomise
 
@@ -107,3 +107,39 @@ def test_wrong_arguments_are_refused() -> None:
         ShowAttendTell(steps=0)
     with pytest.raises(ValueError, match="start_token has to be in the vocabulary, 0 to 9489, got 9490"):
         ShowAttendTell(start_token=9490)
+
+
+STACKED = {"ctx_dim": 12, "dim": 6, "dim_word": 4, "n_words": 11, "n_layers_out": 2}
+
+
+def test_the_stacked_step_has_one_product_per_input_and_no_factors() -> None:
+    block = randomise(StackedShowAttendTell(**STACKED, use_dropout_lstm=True))
+    features, h, c = state()
+    model = to_onnx(
+        block,
+        (features, block.keys(features), torch.randn(2, 4), h, c),
+        input_names=["features", "keys", "word", "h", "c"],
+        output_names=["logits", "h_next", "c_next", "alpha"],
+        method="step",
+    )
+    products = [node.op_type for node in model.graph.node if node.op_type in ("Gemm", "MatMul")]
+    assert len(products) == 7  # state, energy, z, LSTM input, deep output, one more layer, words
+    assert sum(node.op_type == "Mul" for node in model.graph.node) == 4  # gate of z; i, f and o of the LSTM
+
+
+def test_dropout_halves_in_evaluation() -> None:
+    """Doubling every matrix behind a dropout undoes it."""
+    halved = randomise(StackedShowAttendTell(**STACKED))
+    whole = StackedShowAttendTell(**STACKED, use_dropout=False)
+    whole.load_state_dict(halved.state_dict())
+    features, _, _ = state()
+    assert not torch.allclose(halved(features)[1], whole(features)[1])
+    with torch.no_grad():
+        for name in ("ff_state_W", "ff_memory_W", "ff_logit_lstm_W", "ff_logit_h1_W", "ff_logit_W"):
+            halved.get_parameter(name).mul_(2)
+    torch.testing.assert_close(halved(features)[1], whole(features)[1])
+
+
+def test_no_layers_are_refused() -> None:
+    with pytest.raises(ValueError, match="n_layers_att has to be at least 1, got 0"):
+        StackedShowAttendTell(n_layers_att=0)

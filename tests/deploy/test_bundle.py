@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -24,12 +25,12 @@ from typer.testing import CliRunner
 
 from edgeattn.cli.main import app
 from edgeattn.deploy.bundle import BundleRequest, check_bundle, make, make_bundle
-from edgeattn.deploy.bundle.run_forms import require_golden_fits
+from edgeattn.deploy.bundle.run_forms import BundledForm, require_golden_fits
 from edgeattn.deploy.device import archive
 from edgeattn.deploy.device import manifest as manifests
 from edgeattn.deploy.device.__main__ import main as device_main
 from edgeattn.deploy.device.errors import DeviceError
-from edgeattn.deploy.device.golden import labels_of
+from edgeattn.deploy.device.golden import Comparison, Golden, labels_of
 from edgeattn.deploy.pipeline import ExportRequest, ExportRun
 from edgeattn.export.engine.profiles import InputRange
 from edgeattn.foundation import UserError
@@ -38,7 +39,10 @@ from edgeattn.plugins_trt.cpp_table import write_table
 from edgeattn.plugins_trt.kernel_library import CompiledKernel, KernelLibrary
 from edgeattn.plugins_trt.model_operations import operations_of
 from edgeattn.plugins_trt.selection import variants
+from edgeattn.validation.saturation import Squashing
+from edgeattn.validation.tolerance import Arithmetic, tolerance
 
+FLOAT = onnx.TensorProto.FLOAT
 WITH_BODIES, STRIPPED = "jetpack-7.2-orin-nx-16", "jetpack-6.2-orin-nx-16"
 
 
@@ -523,3 +527,54 @@ def test_command_line(run: Path, kernels: Path, bundle: Path, tmp_path: Path) ->
     assert digest in done.output
     for wrong in (["bundle", str(run)], ["bundle", str(run), "--check", str(output)], ["bundle", "--check", str(run)]):
         assert isinstance(CliRunner().invoke(app, wrong).exception, UserError)
+
+
+def test_almost_empty_masks_raise_no_false_alarm_on_the_device() -> None:
+    logits = np.random.default_rng(0).normal(-18, 0.5, (2, 1, 1, 32, 32)).astype(np.float32)
+    exact = [(1 / (1 + np.exp(-sample.astype(np.float64)))).astype(np.float32) for sample in logits]
+    squashing = Squashing("mask", "Sigmoid")
+    derived = tolerance("fp32", Arithmetic(40, 576, 0, (squashing,)), peak=1e-6, rms=1e-8)
+    record = json.loads(json.dumps(dataclasses.asdict(derived)))
+    form = BundledForm("fp32", Path("model.onnx"), b"", "plain", 0, [], record, (squashing,), {})
+    allowed = json.loads(json.dumps(form.allowed_errors([{"mask": mask} for mask in exact])))
+
+    def judged(engine: Callable[[np.ndarray], np.ndarray], allowed: dict[str, list[float]] | None) -> list[str]:
+        comparison = Comparison(2, (32, 32), [{"name": "mask", "meaning": "probability"}])
+        for sample, mask in zip(logits, exact, strict=True):
+            golden = Golden({}, {"mask": mask}, (mask > 0.5).astype(np.int64), None)
+            comparison.add(golden, {"mask": engine(sample)})
+        reasons: list[str] = comparison.judge(record, allowed)["reasons"]
+        return reasons
+
+    def kernel(sample: np.ndarray) -> np.ndarray:
+        """An FP32 sigmoid as good as any: half of one, plus half of a tangent."""
+        return np.float32(0.5) + np.float32(0.5) * np.tanh(np.float32(0.5) * sample)
+
+    assert judged(kernel, None)  # what the relative error alone says
+    assert judged(kernel, allowed) == []
+    (reason,) = judged(lambda sample: kernel(sample + 4), allowed)
+    assert reason.startswith("output mask: relative L2 5")
+    # What the user set counts as it stands.
+    limit = {"output": "mask", "relative_l2": None, "max_abs": 1e-9}
+    form = dataclasses.replace(form, tolerance={**record, "outputs": [limit]})
+    assert form.allowed_errors([{"mask": mask} for mask in exact]) == {}
+    record["outputs"] = [limit]
+    (reason,) = judged(kernel, {})
+    assert "absolute difference" in reason
+
+
+def test_bf16_is_for_tensorrt(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    request = ExportRequest("ccnet-digits", size=(32, 40), bf16=True, target=WITH_BODIES, sample_count=1)
+    assert ExportRun(request, tmp_path / "run").run()["verdict"] == "PASS"
+    made = make_bundle(BundleRequest(tmp_path / "run", WITH_BODIES, tmp_path / "net.tar", golden=1))
+    entry = made.manifest["precisions"]["bf16"]
+    assert entry["support"]["verdict"] == "accepted"
+    assert entry["tolerance"]["label_agreement"] == pytest.approx(0.96)
+    model = onnx.load_from_string(members_of(made.path)["model/bf16.onnx"])
+    assert {value.type.tensor_type.elem_type for value in (*model.graph.input, *model.graph.output)} == {FLOAT}
+    assert device_main(["unpack", str(made.path), "-o", str(tmp_path / "net")]) == 0
+    build = ["build", "--bundle", str(tmp_path / "net"), "--engine", "onnxruntime", "--precision"]
+    assert device_main([*build, "fp32"]) == 0
+    capsys.readouterr()
+    assert device_main([*build, "bf16"]) == 2
+    assert "convolutions in BF16, which TensorRT has" in " ".join(capsys.readouterr().err.split())

@@ -340,10 +340,10 @@ def test_pipeline_warns_of_shared_images(tmp_path: Path) -> None:
         Image.fromarray(sample.images[0]).save(tmp_path / f"{index}.png")
     request = ExportRequest("ccnet-digits", int8=True, calibration=tmp_path, images=tmp_path, sample_count=5)
     run = ExportRun(request, tmp_path / "run")
-    run.directory.describe(run._facts())
+    run.directory.describe(run.facts)
     assert any("5 of the 5 samples" in note for note in run.notes["calibration"])
     bundled = ExportRun(ExportRequest("ccnet-digits", int8=True, sample_count=20), tmp_path / "other")
-    bundled.directory.describe(bundled._facts())
+    bundled.directory.describe(bundled.facts)
     assert not bundled.notes
 
 

@@ -113,7 +113,7 @@ def test_network_original_and_bisect_load_alike(other, official, tmp_path, monke
     monkeypatch.setattr(MODELS, "_members", {**MODELS._members, SPEC.name: SPEC})
     run = ExportRun(ExportRequest(SPEC.name, str(file), sample_count=1), tmp_path / "run")
     assert run.loaded.layout == "other"
-    assert run._facts()["layout"] == "other"
+    assert run.facts["layout"] == "other"
     with pytest.raises(CheckpointMismatchError):
         ExportRun(ExportRequest(SPEC.name, str(file), layout="official", sample_count=1), tmp_path / "run")
 

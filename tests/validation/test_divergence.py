@@ -15,7 +15,7 @@ from onnx import TensorProto, helper, numpy_helper
 from torch import nn
 
 from edgeattn.cli.main import main
-from edgeattn.export.fp16 import to_fp16
+from edgeattn.export.fp16 import to_bf16, to_fp16
 from edgeattn.export.metadata import NAME_SCOPES
 from edgeattn.export.to_onnx import to_onnx
 from edgeattn.foundation import UserError
@@ -204,6 +204,23 @@ def test_fp16_overflow_is_named_where_it_happens(network: Net, clean: onnx.Model
     assert not bisect(torch_side(network), saved(half, tmp_path / "half.onnx"), [FEED]).found
 
 
+def test_bf16_forms_are_held_to_their_own_rounding(network: Net, clean: onnx.ModelProto, tmp_path: Path) -> None:
+    form = saved(to_bf16(clean).model, tmp_path / "right.onnx")
+    assert form.precision == "bf16"
+    right = bisect(torch_side(network), form, [FEED])
+    assert not right.found, right.verdict
+    assert "BF16 roundings in sequence" in right.points[0].derivation
+    assert max(point.local for point in right.points) > 2.0**-11  # FP16's rounding would not explain it
+    wrong = saved(to_bf16(edited(clean, lambda model: wrong_bias(model, 1))).model, tmp_path / "wrong.onnx")
+    found = bisect(torch_side(network), wrong, [FEED])
+    assert found.first is not None
+    assert (found.first.module, found.first.call) == ("unit.conv", 2)
+    # Of an FP16 and a BF16 form the latter is taken apart, whichever is under test.
+    half = saved(to_fp16(clean).model, tmp_path / "half.onnx")
+    assert Search(form, half).dissected is form
+    assert not bisect(form, half, [FEED]).found
+
+
 def test_nodes_that_cannot_run_are_named(network: Net, clean: onnx.ModelProto, tmp_path: Path) -> None:
     def pad(model: onnx.ModelProto) -> None:
         node = nodes(model, "Conv")[2]
@@ -378,6 +395,8 @@ def test_command(clean: onnx.ModelProto, tmp_path: Path, run: Callable[..., tupl
         ((right, tmp_path / "absent.onnx", "--data", data), "absent.onnx"),
         (("bundled", wrong, "--data", data), "--model"),
         (("bundled", "bundled", "--model", "ccnet-digits"), "neither"),
+        ((right, wrong, "--layout", "official"), "Drop --layout"),
+        (("bundled", wrong, "--model", "ccnet-digits", "--layout", "absent"), "absent"),
     ):
         status, _, err = run(*arguments)
         assert status == 2

@@ -4,29 +4,30 @@ import base64
 import dataclasses
 import html.parser
 import io
+import json
 import re
+import sys
 from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
+from onnx import TensorProto, helper, numpy_helper
 from PIL import Image
 
-from edgeattn.validation.metrics import TensorComparison
-from edgeattn.validation.records import (
-    Form,
-    FormParity,
-    Parity,
-    Picture,
-    SizeCheck,
-    TaskScore,
-)
-from edgeattn.validation.report import palette, write_report
-from edgeattn.validation.runners import FormFacts, Latency
-from edgeattn.validation.tolerance import Arithmetic, tolerance
+from edgeattn.foundation import UserError
+from edgeattn.validation.records import Picture
+from edgeattn.validation.report import palette, render_report, write_report
+from edgeattn.validation.report_charts import Scale, spread
+from edgeattn.validation.report_divergence import divergence_section
+from edgeattn.validation.report_page import decimal, points
+from edgeattn.validation.report_pictures import PICTURES, read_pictures
+from edgeattn.validation.report_ranges import LARGEST, measure_spans, ranges_section
+from edgeattn.validation.report_sensitivity import sensitivity_section
 
-CLASSES = ("background", "cat & <dog>")
-RNG = np.random.default_rng(0)
-LABELS = RNG.integers(0, 2, (2, 24, 32))
+sys.path.append(str(Path(__file__).parents[1]))
+from report_samples import CLASSES, LABELS, RNG, divergence, sample_parity, sensitivity
+
 MANIFEST = {
     "target": "jetpack-6.2-orin-nx-16",
     "checkpoint": {"file": "tiny.safetensors", "sha256": "ab" * 32},
@@ -35,55 +36,15 @@ MANIFEST = {
 }
 
 
-def form_parity(name, precision, error, reasons=()):
-    comparison = TensorComparison()
-    reference = RNG.standard_normal((1, 2, 24, 32)).astype(np.float32)
-    comparison.add(reference, reference + np.float32(error) * RNG.standard_normal(reference.shape).astype(np.float32))
-    return FormParity(
-        form=Form(name, Path(f"/somewhere/else/{name}.onnx"), precision, plugin="plugin" in name),
-        facts=FormFacts(nodes=37, plugin_nodes=3 * ("plugin" in name), bytes=1_234_567, fp16=False, qdq=False),
-        measured="CPU, ONNX Runtime 9.9.9",
-        outputs={} if "broken" in name else {"logits": comparison.result()},
-        label_agreement=float("nan") if "broken" in name else 0.98765,
-        score=TaskScore("mIoU", 0.81234, (0.9, float("nan"))),
-        task_drop=0.00567,
-        tolerance=tolerance(precision, Arithmetic(12, 576, 9), peak=12.0, rms=3.0),
-        reasons=reasons,
-        latency=None if "broken" in name else Latency(12.345, 10, 2),
-    )
-
-
 @pytest.fixture(scope="module")
 def parity():
-    flipped = LABELS.copy()
-    flipped[0, :2, :5] = 1 - flipped[0, :2, :5]
-    images = tuple(RNG.integers(0, 256, (24, 32, 3), np.uint8) for _ in range(2))
-    return Parity(
-        model="tiny",
-        classes=CLASSES,
-        samples=200,
-        unlabelled=0,
-        original=TaskScore("mIoU", 0.81801, (0.9, 0.7)),
-        original_latency=Latency(20.0, 10, 2),
-        forms=(
-            form_parity("fp32", "fp32", 1e-7),
-            form_parity("fp32 plugin", "fp32", 1e-7),
-            form_parity("fp16", "fp16", 1e-3, ("label agreement 98.765% is below 99.500%",)),
-            form_parity("broken int8", "int8", 1.0, ("ONNX Runtime cannot load it: <no & reason>",)),
-        ),
-        sizes=(
-            SizeCheck("fp32", (97, 129), {"logits": 3.2e-7}, 1.0, ()),
-            SizeCheck("fp32 plugin", (97, 129), {}, float("nan"), (), skipped="the form takes one fixed size"),
-        ),
-        pictures=(Picture(images, LABELS, LABELS, {"fp32": LABELS, "fp16": flipped}),),
-        environment={"onnxruntime": "9.9.9"},
-    )
+    return dataclasses.replace(sample_parity(), model="tiny")
 
 
 @pytest.fixture(scope="module")
 def page(parity, tmp_path_factory):
     path = write_report(parity, tmp_path_factory.mktemp("run") / "report.html", manifest=MANIFEST)
-    assert [item.name for item in path.parent.iterdir()] == ["report.html"]
+    assert {item.name for item in path.parent.iterdir()} == {"report.html", PICTURES}
     return path.read_text(encoding="utf-8")
 
 
@@ -98,7 +59,7 @@ class Reader(html.parser.HTMLParser):
 
     def handle_starttag(self, tag, attributes):
         self.tags.append(tag)
-        self.sources += [value for key, value in attributes if key in ("src", "href", "srcset", "action")]
+        self.sources += [value for key, value in attributes if key in ("src", "href", "xlink:href", "srcset", "action")]
         if tag not in self.VOID:
             self.open.append(tag)
 
@@ -173,7 +134,7 @@ def test_manifest_is_shown_and_escaped(page, reader):
 
 
 def test_pictures_show_masks_and_differences(reader):
-    figures = images_of(reader)[1:]
+    figures = images_of(reader)
     inputs, rest = 2 * 1, 2 * (2 + 2 * 2)
     assert len(figures) == inputs + rest
     assert {figure.size for figure in figures} == {(32, 24)}
@@ -196,7 +157,7 @@ def test_large_images_are_reduced(parity, tmp_path):
     path = write_report(large, tmp_path / "report.html", manifest={})
     reader = Reader()
     reader.feed(path.read_text(encoding="utf-8"))
-    assert {image.size for image in images_of(reader)[1:]} == {(192, 144)}
+    assert {image.size for image in images_of(reader)} == {(192, 144)}
     assert path.stat().st_size < 4e6
     assert "6 of the images have no target" in "".join(reader.text)
 
@@ -204,3 +165,135 @@ def test_large_images_are_reduced(parity, tmp_path):
 def test_palette_has_distinct_colours():
     assert len(set(palette(21))) == 21
     assert palette(1) == palette(21)[:1]
+
+
+def test_a_recorded_page_is_the_page(parity, page, tmp_path):
+    """Drawn from `parity.json` and the kept pictures, a page is byte for byte the one that was written first."""
+    write_report(parity, tmp_path / "report.html", manifest=MANIFEST)
+    record = json.loads(json.dumps(parity.as_dict()))
+    assert render_report(record, read_pictures(tmp_path / PICTURES), manifest=MANIFEST) == page
+
+
+def test_pictures_of_whole_images_come_back(tmp_path, parity):
+    label = np.ones((1, 1, 1), np.int64)
+    picture = Picture((RNG.integers(0, 256, (8, 8, 3), np.uint8),), None, label, {"fp32": 0 * label})
+    path = write_report(dataclasses.replace(parity, pictures=(picture,)), tmp_path / "report.html", manifest={})
+    (found,) = read_pictures(tmp_path / PICTURES)
+    assert found.target is None
+    assert found.forms["fp32"].item() == 0
+    again = render_report(parity.as_dict(), (found,), manifest={})
+    assert "original: cat &amp; &lt;dog&gt;" in again
+    assert again == path.read_text(encoding="utf-8")
+
+
+def test_damaged_pictures_and_records_of_other_releases_are_named(tmp_path, parity):
+    (tmp_path / PICTURES).write_bytes(b"PK\x03\x04 no archive")
+    with pytest.raises(UserError, match=r"pictures\.npz is damaged"):
+        read_pictures(tmp_path / PICTURES)
+    assert read_pictures(tmp_path / "nothing.npz") == ()
+    older = parity.as_dict()
+    older["original"] = {"mean_iou": 0.8, "class_iou": []}
+    with pytest.raises(UserError, match="not recorded as this release does it"):
+        render_report(older, (), manifest={})
+    del (shorter := parity.as_dict())["forms"][0]["facts"]["nodes"]
+    with pytest.raises(UserError, match="nodes"):
+        render_report(shorter, (), manifest={})
+
+
+def test_axes_hold_their_numbers():
+    scale = Scale.decades([3e-5, 200.0])
+    assert (scale.low, scale.high) == (-5, 3)
+    assert scale.at(1e-5) < scale.at(1.0) < scale.at(1e3)
+    assert scale.at(0.0) == scale.at(1e-9) == scale.at(1e-5)
+    assert scale.at(float("inf")) == scale.at(float("nan")) == scale.at(1e3)
+    assert [text for _, text in scale.ticks] == ["1e-5", "0.001", "0.1", "10", "1000"]
+    linear = Scale.linear([3.7, float("inf")])
+    assert [text for _, text in linear.ticks] == ["0", "1", "2", "3"]
+    assert linear.ticks[1][0] == linear.at(1)
+    assert Scale.linear([]).at(0.5) == 50
+    assert spread([(0, "a"), (10, "b"), (30, "c")]) == ((0, "a"), (30, "c"))
+
+
+def test_numbers_are_written_without_noise():
+    assert decimal(-0.001) == "0.00"
+    assert points(-0.00001) == "0.00"
+    assert (decimal(None), decimal("inf"), decimal("nan"), decimal(1234.5, 1, "MB")) == ("–", "inf", "–", "1,234.5 MB")
+
+
+def test_sensitivity_names_modules_with_their_figures():
+    body = sensitivity_section(sensitivity()).body
+    assert body.index("head.broken") < body.index("backbone.layer4.2.conv3")
+    assert "it does not load" in body
+    assert "10 %; alone 0.50 lost, without 1.25 saved" in body  # 20 dB; 1.5 of which 0.25 remain
+    assert 'class="row alarm"' in body
+    assert "Measured on: accuracy: CPU, ONNX Runtime 9.9.9" in body
+
+
+def test_divergence_marks_the_first_module_and_what_cannot_be_compared():
+    body = divergence_section(divergence()).body
+    assert "diverges from PyTorch first in head.softmax" in body
+    assert body.count('class="alarm"') == 2 + 1  # two points and the legend
+    table = body[body.index("<tbody>") :]
+    assert table.index("head.last") < table.index("head.softmax") < table.index("backbone")
+    quiet = divergence()
+    quiet["points"] = []
+    assert "<svg" not in divergence_section(quiet).body
+
+
+def scaled_model(path, factors, quantised=()):
+    """Write a chain of multiplications; each tensor is quantised, after a cast, with the scale that is given for it."""
+    nodes, constants, last = [], [], "image"
+    for index, factor in enumerate(factors):
+        constants.append(numpy_helper.from_array(np.float32(factor), f"factor{index}"))
+        node = helper.make_node("Mul", [last, f"factor{index}"], [last := f"tensor{index}"])
+        scopes = node.metadata_props.add()
+        scopes.key, scopes.value = "pkg.torch.onnx.name_scopes", f"['', 'stage{index}', 'mul']"
+        nodes.append(node)
+    for name, step in dict(quantised).items():
+        constants += [
+            numpy_helper.from_array(np.float32(step), f"{name}_scale"),
+            numpy_helper.from_array(np.int8(0), f"{name}_zero"),
+        ]
+        nodes.append(helper.make_node("Cast", [name], [f"{name}_cast"], to=TensorProto.FLOAT))
+        nodes.append(
+            helper.make_node("QuantizeLinear", [f"{name}_cast", f"{name}_scale", f"{name}_zero"], [f"{name}_int8"])
+        )
+    value = [helper.make_tensor_value_info(name, TensorProto.FLOAT, [1, 4]) for name in ("image", last)]
+    graph = helper.make_graph(nodes, "graph", value[:1], value[1:], constants)
+    onnx.save(helper.make_model(graph, opset_imports=[helper.make_opsetid("", 18)], ir_version=10), path)
+    return path
+
+
+def test_ranges_are_measured_and_judged_by_the_limits(tmp_path):
+    feeds = [{"image": np.array([[0, 0.5, -2, 1]], np.float32)}, {"image": np.array([[0, 0, 0, 0.25]], np.float32)}]
+    model = scaled_model(tmp_path / "model.onnx", [1.0, 3e4, 1e-4, 1e-8])
+    int8 = scaled_model(tmp_path / "int8.onnx", [1.0, 3e4, 1e-4, 1e-8], {"tensor0": 1 / 127, "tensor2": 0.1})
+    spans = measure_spans(model, lambda: iter(feeds), data="two vectors", int8=int8)
+    found = {span.name: span for span in spans.half}
+    assert (spans.samples, spans.tensors) == (2, 5)
+    first = found["tensor1"]
+    assert (first.module, first.peak) == ("stage1", pytest.approx(6e4))
+    assert first.smallest == pytest.approx(0.25 * 3e4)
+    assert first.mean == pytest.approx(3e4 * np.sqrt(((0.25 + 4 + 1) / 4 + 0.0625 / 4) / 2))
+    assert "exceeds the 65504" in first.defect
+    assert "loses" in found["tensor3"].defect
+    assert found["tensor2"].defect is None
+    assert {span.name for span in spans.half[:2]} == {"tensor1", "tensor3"}  # defects come first
+    assert [span.name for span in spans.quantised] == ["tensor0", "tensor2"]  # clipped: its range ends at 128 / 127
+    assert spans.quantised[0].int8.largest == pytest.approx(128 / 127)
+    body = ranges_section(spans).body
+    assert f"largest FP16 number {LARGEST:.0f}" in body
+    assert "smallest normal FP16 number 6.1e-05" in body
+    assert "two vectors" in body
+    assert "INT8 step 0.1, up to 12.8" in body
+    assert body.count('class="row alarm"') == 2
+
+
+def test_values_that_are_passed_on_take_one_row(tmp_path):
+    feeds = [{"image": np.array([[0, 0.5, -2, 1]], np.float32)}]
+    spans = measure_spans(
+        scaled_model(tmp_path / "model.onnx", [1.0, 1.0, 2.0]), lambda: iter(feeds), data="", int8=None
+    )
+    assert sorted(span.peak for span in spans.half) == [2.0, 4.0]
+    assert spans.rest == (2.0, 2.0)
+    assert ranges_section(spans).body.count("Quantised tensors") == 0

@@ -13,12 +13,12 @@ Three things are allowed, and no more:
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
-from math import isfinite, prod
+from dataclasses import dataclass
+from math import isfinite
 
 import numpy as np
 import onnx
-from onnx import helper, shape_inference
+from onnx import helper
 
 from edgeattn.validation.divergence.forms import relative_l2
 from edgeattn.validation.divergence.segments import Segment, Sessions
@@ -26,15 +26,13 @@ from edgeattn.validation.tolerance import CONFIDENCE, arithmetic_of, tolerance
 
 Arrays = Mapping[str, np.ndarray]
 
-_PERTURBATION = {"fp32": 2.0**-18, "fp16": 2.0**-11}
+_PERTURBATION = {"fp32": 2.0**-18, "fp16": 2.0**-11, "bf16": 2.0**-8}
 """Relative change of the inputs by which the condition is measured: large beside the FP32 rounding of the measurement,
 small beside the numbers."""
 
 _BOUNDED = {"Sigmoid": 1.0, "Tanh": 2.0}
 """Functions whose accuracy is absolute, with the size of their range. ONNX Runtime's CPU kernels are off by two to five
 units of 2^-24 anywhere, where a result of 1e-8 may be all error."""
-
-_AXIS_SUMS = frozenset({"LayerNormalization", "LogSoftmax", "Softmax"})
 
 _NOISY = frozenset({"DequantizeLinear", *_BOUNDED})
 
@@ -95,20 +93,18 @@ class Limits:
             for size in given[value.name].shape:
                 value.type.tensor_type.shape.dim.add(dim_value=size)
         arithmetic = arithmetic_of(described)
-        arithmetic = replace(arithmetic, reduction=max(arithmetic.reduction, _uncounted_terms(described)))
-        derived = tolerance("fp16" if segment.half else "fp32", arithmetic, peak=0.0, rms=0.0)
-        unit = "FP16" if segment.half else "FP32"
+        derived = tolerance(segment.precision, arithmetic, peak=0.0, rms=0.0)
         derivation = (
-            f"{arithmetic.depth} {unit} roundings in sequence, sums of at most {arithmetic.reduction} terms: "
-            f"{derived.expected_relative_l2:.2g}"
+            f"{arithmetic.depth} {segment.precision.upper()} roundings in sequence, sums of at most "
+            f"{arithmetic.reduction} terms: {derived.expected_relative_l2:.2g}"
         )
-        # A segment without any rounding operation must be exact; `tolerance` never goes below one FP16 step.
-        exact = arithmetic.depth == 0 and not segment.half
+        # A segment without any rounding operation must be exact; `tolerance` never goes below one step of FP16 or BF16.
+        exact = arithmetic.depth == 0 and segment.precision == "fp32"
         return (0.0, "nothing in it rounds") if exact else (derived.expected_relative_l2, derivation)
 
     def _condition(self, segment: Segment, given: Arrays) -> float:
         """Return by how much a small relative change of all inputs grows on its way through the segment."""
-        size = _PERTURBATION["fp16" if segment.half else "fp32"]
+        size = _PERTURBATION[segment.precision]
         rng = np.random.default_rng(0)
         changed = {
             name: (array * (1 + size * rng.choice([-1, 1], array.shape))).astype(array.dtype)
@@ -124,29 +120,6 @@ class Limits:
         quiet, noisy = (self.sessions.run(_floating(segment, noisy=noisy), given) for noisy in (False, True))
         error = relative_l2(quiet, noisy)
         return error if isfinite(error) else 0.0
-
-
-def _uncounted_terms(model: onnx.ModelProto) -> int:
-    """Return the length of the longest sum that `arithmetic_of` does not see: over axes, pools and interpolation.
-
-    A linear Resize multiplies with weights that carry the rounding of coordinates as large as the tensor, which counts
-    as that many terms.
-    """
-    graph = shape_inference.infer_shapes(model).graph
-    shapes = {
-        value.name: [dim.dim_value for dim in value.type.tensor_type.shape.dim]
-        for value in (*graph.input, *graph.value_info, *graph.output)
-    }
-    terms = [1]
-    for node in graph.node:
-        before, after = (shapes.get(names[0], []) for names in (node.input or [""], node.output))
-        if node.op_type == "Resize":
-            terms.extend(before[2:])
-        elif node.op_type in _AXIS_SUMS:
-            terms.append(max(before, default=1))
-        elif node.op_type.startswith("Reduce") or node.op_type == "GlobalAveragePool":
-            terms.append(prod(before) // max(prod(after), 1))
-    return max(terms)
 
 
 def _floating(segment: Segment, *, noisy: bool) -> Segment:

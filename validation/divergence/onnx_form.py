@@ -19,7 +19,7 @@ from edgeattn.validation.runners import FormFacts, facts_of
 
 
 class OnnxForm:
-    """An ONNX file, FP16 emulated with rounding after every operation, Q/DQ computed as written.
+    """An ONNX file, FP16 and BF16 emulated with rounding after every operation, Q/DQ computed as written.
 
     Args:
         path: the file.
@@ -34,7 +34,7 @@ class OnnxForm:
         model = load_model(path)
         self.facts: FormFacts = facts_of(model, path)
         self.graph = ScopedGraph(model)
-        self.dissection = Dissection(model, half=self.facts.fp16)
+        self.dissection = Dissection(model, reduced=self.facts.fp16 or self.facts.bf16)
         self.sessions = sessions or Sessions()
         self.inputs = input_shapes(model)
         self.outputs = tuple(value.name for value in model.graph.output)
@@ -43,8 +43,8 @@ class OnnxForm:
 
     @property
     def precision(self) -> str:
-        """Precision that the graph holds: "int8", "fp16" or "fp32"."""
-        return "int8" if self.facts.qdq else "fp16" if self.facts.fp16 else "fp32"
+        """Precision that the graph holds: "int8", "bf16", "fp16" or "fp32"."""
+        return "int8" if self.facts.qdq else "bf16" if self.facts.bf16 else "fp16" if self.facts.fp16 else "fp32"
 
     def feed(self, arrays: Arrays) -> dict[str, np.ndarray]:
         """Return what the form takes of some inputs; what it takes as FP16 is rounded to it.

@@ -347,7 +347,7 @@ class Search:
 
 
 def _coarseness(form: OnnxForm) -> int:
-    return ("fp32", "fp16", "int8").index(form.precision)
+    return ("fp32", "fp16", "bf16", "int8").index(form.precision)
 
 
 def _unlike(theirs: Mapping[Place, np.ndarray], ours: Arrays, place: Place, tensor: str) -> float:

@@ -18,6 +18,9 @@ from edgeattn.validation.runners import RUNTIME_ERRORS
 
 Arrays = Mapping[str, np.ndarray]
 
+_ROUNDED = {"bf16": onnx.TensorProto.BFLOAT16, "fp16": onnx.TensorProto.FLOAT16}
+"""Types that an emulated graph rounds to, the coarsest first."""
+
 
 def session_of(model: onnx.ModelProto, *, threads: int = 1) -> onnxruntime.InferenceSession:
     """Return a session that computes a graph as its nodes say, on ONNX Runtime's CPU provider."""
@@ -55,28 +58,32 @@ class Segment:
         return hashlib.sha256(self.model.SerializeToString(deterministic=True)).hexdigest()
 
     @cached_property
-    def half(self) -> bool:
-        """Whether a tensor is rounded to FP16 in it."""
-        return any(
-            node.op_type == "Cast" and any(entry.i == onnx.TensorProto.FLOAT16 for entry in node.attribute)
+    def precision(self) -> str:
+        """The coarsest type that a tensor is rounded to in it: "bf16", "fp16", or "fp32" for no other."""
+        targets = {
+            entry.i
             for node in self.model.graph.node
-        )
+            if node.op_type == "Cast"
+            for entry in node.attribute
+            if entry.name == "to"
+        }
+        return next((name for name, target in _ROUNDED.items() if target in targets), "fp32")
 
 
 class Dissection:
     """A graph that runs in segments.
 
     Args:
-        model: the form; FP16 is emulated with rounding after every operation.
-        half: the form has FP16 tensors.
+        model: the form; FP16 and BF16 are emulated with rounding after every operation.
+        reduced: the form has FP16 or BF16 tensors.
 
     Attributes:
         model: what is run: the form itself or its emulation, with the same names of tensors.
         shapes: of its tensors where they are known, 0 where a size is not.
     """
 
-    def __init__(self, model: onnx.ModelProto, *, half: bool) -> None:
-        self.model = emulate_fp16(model) if half else model
+    def __init__(self, model: onnx.ModelProto, *, reduced: bool) -> None:
+        self.model = emulate_fp16(model) if reduced else model
         graph = self.model.graph
         self._types, self.shapes = _types_and_shapes(self.model)
         self._scoped = ScopedGraph(self.model)
@@ -85,7 +92,7 @@ class Dissection:
         self._inputs = [value.name for value in graph.input if value.name not in self._initializers]
 
     def is_float(self, tensor: str) -> bool:
-        """Whether a tensor exists and holds FP32 numbers (FP16 ones have become FP32)."""
+        """Whether a tensor exists and holds FP32 numbers (FP16 and BF16 ones have become FP32)."""
         return self._types.get(tensor) == onnx.TensorProto.FLOAT
 
     def position(self, tensor: str) -> int:

@@ -26,19 +26,22 @@ from edgeattn.validation.divergence.segments import Sessions
 from edgeattn.validation.model_data import model_data
 
 
-def torch_form(spec: ModelSpec, checkpoint: Path, deployment: Deployment = PLAIN) -> TorchForm:
+def torch_form(
+    spec: ModelSpec, checkpoint: Path, deployment: Deployment = PLAIN, *, layout: str | None = None
+) -> TorchForm:
     """Return the network that is exported, with trained weights.
 
     Args:
         spec: the model.
         checkpoint: its weights.
         deployment: what surrounds the network in the exported graph.
+        layout: published layout of the weights; the one whose names fit when None.
 
     Raises:
         UserError: the checkpoint cannot be read or does not fit.
     """
     network = spec.build()
-    load_published(spec, network, read_checkpoint(checkpoint))
+    load_published(spec, network, read_checkpoint(checkpoint), layout)
     outputs = [output.name for output in deployment.spec(spec).outputs]
     return TorchForm(deployment.network(spec, network), spec.inputs, outputs, name=f"{spec.name} in PyTorch")
 
@@ -103,6 +106,7 @@ def compare_sources(
     count: int = 4,
     output: Path | None = None,
     threads: int = 1,
+    layout: str | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> Found:
     """Compare two forms that are given as text, and write what was found.
@@ -117,11 +121,14 @@ def compare_sources(
         output: folder for `divergence.json`, `divergence.svg` and, when the forms diverge, `minimal.onnx` with its
             inputs and expected outputs; nothing is written when None.
         threads: ONNX Runtime's threads within an operation.
+        layout: published layout of the weights; the one whose names fit when None.
         progress: called after each sample with the number of samples done.
 
     Raises:
         UserError: something given cannot be used.
     """
+    if layout is not None and all(Path(text).suffix == ".onnx" for text in (reference, candidate)):
+        raise UserError(f"the layout {layout!r} is one of weights, but both forms are .onnx files. Drop --layout.")
     sessions = Sessions(threads)
     graphs = [load_model(text) for text in (reference, candidate) if Path(text).suffix == ".onnx"]
     deployment = Deployment.of_graph(graphs[0]) if graphs else PLAIN
@@ -134,7 +141,7 @@ def compare_sources(
             raise UserError(
                 f"{text!r} is no .onnx file, so it stands for trained weights. Name their model with --model."
             )
-        return torch_form(spec, weights, deployment)
+        return torch_form(spec, weights, deployment, layout=layout)
 
     search = Search(open_form(reference), open_form(candidate))
     divergence = search.run(open_data(data, search.dissected, deployment.spec(spec) if spec else None, count), progress)

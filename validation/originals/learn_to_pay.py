@@ -1,8 +1,8 @@
 """Learn to pay attention, original.
 
 Paper: Jetley et al., "Learn To Pay Attention", ICLR 2018.
-Behaviour: SaoYan/LearnToPayAttention, `blocks.py`, `model1.py`, `model2.py`; for the Torch7 options,
-saumya-jetley/cd_ICLR18_LearnToPayAttention, `VGGNet/models`.
+Behaviour: SaoYan/LearnToPayAttention, `blocks.py`, `model1.py`, `model2.py`; KennCoder7/LearnToPayAttention-pytorch,
+`attention.py`; for the Torch7 options, saumya-jetley/cd_ICLR18_LearnToPayAttention, `VGGNet/models`.
 """
 
 from __future__ import annotations
@@ -41,6 +41,35 @@ class LinearAttentionBlock(nn.Module):
         """Return (B, 1, H, W) and (B, C)."""
         c = (local * g).sum(dim=1, keepdim=True) if self.dot else self.op(local + g)
         return c, _weighted(c, local, self.normalize_attn)
+
+
+class ProjectedAttentionBlock(nn.Module):
+    """Attended feature and attention, with g projected where its channels differ.
+
+    Args:
+        local_channels: C.
+        global_channels: G.
+        method: "pc" or "dp".
+    """
+
+    def __init__(self, local_channels: int, global_channels: int = 512, method: str = "pc") -> None:
+        super().__init__()
+        self.method = method
+        self.project = nn.Linear(global_channels, local_channels, bias=False)
+        self.pc = nn.Linear(local_channels, 1, bias=False)
+
+    def forward(self, local: torch.Tensor, g: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return (B, C) and (B, H, W)."""
+        height, width = local.shape[2:]
+        positions = local.flatten(2).transpose(1, 2)
+        if self.project.in_features != self.project.out_features:
+            g = self.project(g)
+        if self.method == "dp":
+            c = (positions * g[:, None, :]).sum(dim=2)
+        else:
+            c = self.pc(positions + g[:, None, :])[:, :, 0]
+        a = F.softmax(c, dim=1)
+        return (a[:, :, None] * positions).sum(dim=1), a.reshape(-1, height, width)
 
 
 class GridAttentionBlock(nn.Module):

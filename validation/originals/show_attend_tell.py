@@ -92,3 +92,121 @@ class ShowAttendTell(nn.Module):
         context = torch.sigmoid(self.f_beta(h)) * context
         h, c = self.decode_step(torch.cat([word, context], dim=1), (h, c))
         return self.fc(h), h, c, alpha
+
+
+class StackedShowAttendTell(nn.Module):
+    """The decoder of capgen.py; every parameter has its name and shape there.
+
+    Args:
+        ctx_dim: E.
+        dim: D.
+        dim_word: W.
+        n_words: V.
+        n_layers_att: layers of the projected context.
+        n_layers_init: layers of the first state.
+        n_layers_out: layers of the readout.
+        prev2out: word in the readout.
+        ctx2out: context in the readout.
+        selector: scalar gate.
+        use_dropout: dropout, which halves in evaluation.
+        use_dropout_lstm: the same for the gates.
+        hard: one-hot attention at the maximum.
+        steps: words of `forward`.
+    """
+
+    def __init__(
+        self,
+        ctx_dim: int = 512,
+        dim: int = 1800,
+        dim_word: int = 512,
+        n_words: int = 10000,
+        n_layers_att: int = 2,
+        n_layers_init: int = 2,
+        n_layers_out: int = 1,
+        prev2out: bool = True,
+        ctx2out: bool = True,
+        selector: bool = True,
+        use_dropout: bool = True,
+        use_dropout_lstm: bool = False,
+        hard: bool = False,
+        steps: int = 20,
+    ) -> None:
+        super().__init__()
+        self.dim, self.steps, self.hard = dim, steps, hard
+        self.n_layers_att, self.n_layers_init, self.n_layers_out = n_layers_att, n_layers_init, n_layers_out
+        self.prev2out, self.ctx2out, self.selector = prev2out, ctx2out, selector
+        self.use_dropout, self.use_dropout_lstm = use_dropout, use_dropout_lstm
+        shapes: dict[str, tuple[int, ...]] = {"Wemb": (n_words, dim_word)}
+        for k in range(1, n_layers_init):
+            shapes |= {f"ff_init_{k}_W": (ctx_dim, ctx_dim), f"ff_init_{k}_b": (ctx_dim,)}
+        shapes |= {"ff_state_W": (ctx_dim, dim), "ff_state_b": (dim,)}
+        shapes |= {"ff_memory_W": (ctx_dim, dim), "ff_memory_b": (dim,)}
+        shapes |= {"decoder_W": (dim_word, 4 * dim), "decoder_U": (dim, 4 * dim), "decoder_b": (4 * dim,)}
+        shapes |= {"decoder_Wc": (ctx_dim, 4 * dim), "decoder_Wc_att": (ctx_dim, ctx_dim)}
+        shapes |= {"decoder_Wd_att": (dim, ctx_dim), "decoder_b_att": (ctx_dim,)}
+        for k in range(1, n_layers_att):
+            shapes |= {f"decoder_W_att_{k}": (ctx_dim, ctx_dim), f"decoder_b_att_{k}": (ctx_dim,)}
+        shapes |= {"decoder_U_att": (ctx_dim, 1), "decoder_c_tt": (1,)}
+        if selector:
+            shapes |= {"decoder_W_sel": (dim, 1), "decoder_b_sel": ()}
+        shapes |= {"ff_logit_lstm_W": (dim, dim_word), "ff_logit_lstm_b": (dim_word,)}
+        if ctx2out:
+            shapes |= {"ff_logit_ctx_W": (ctx_dim, dim_word), "ff_logit_ctx_b": (dim_word,)}
+        for k in range(1, n_layers_out):
+            shapes |= {f"ff_logit_h{k}_W": (dim_word, dim_word), f"ff_logit_h{k}_b": (dim_word,)}
+        shapes |= {"ff_logit_W": (dim_word, n_words), "ff_logit_b": (n_words,)}
+        for name, shape in shapes.items():
+            self.register_parameter(name, nn.Parameter(torch.zeros(shape)))
+
+    def _ff(self, x: torch.Tensor, prefix: str) -> torch.Tensor:
+        return x @ self.get_parameter(f"{prefix}_W") + self.get_parameter(f"{prefix}_b")
+
+    def _dropout(self, x: torch.Tensor) -> torch.Tensor:
+        return x * 0.5 if self.use_dropout else x
+
+    def forward(self, features: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return words (B, T), logits (B, T, V) and weights (B, T, N) for features (B, N, E)."""
+        average = features.mean(dim=1)
+        for k in range(1, self.n_layers_init):
+            average = self._dropout(F.relu(self._ff(average, f"ff_init_{k}")))
+        h, c = torch.tanh(self._ff(average, "ff_state")), torch.tanh(self._ff(average, "ff_memory"))
+        keys = features @ self.decoder_Wc_att + self.decoder_b_att
+        for k in range(1, self.n_layers_att):
+            weight, bias = self.get_parameter(f"decoder_W_att_{k}"), self.get_parameter(f"decoder_b_att_{k}")
+            keys = torch.tanh(keys @ weight + bias)
+        embedded = features.new_zeros(features.shape[0], self.Wemb.shape[1])
+        words, predictions, weights = [], [], []
+        for _ in range(self.steps):
+            scores, h, c, alpha = self.step(features, keys, embedded, h, c)
+            word = torch.argmax(scores, dim=1)
+            embedded = self.Wemb[word]
+            words.append(word)
+            predictions.append(scores)
+            weights.append(alpha)
+        return torch.stack(words, 1), torch.stack(predictions, 1), torch.stack(weights, 1)
+
+    def step(
+        self, features: torch.Tensor, keys: torch.Tensor, word: torch.Tensor, h: torch.Tensor, c: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
+        """Return logits (B, V), h, c (B, D) and alpha (B, N)."""
+        hidden = torch.tanh(keys + (h @ self.decoder_Wd_att)[:, None, :])
+        alpha = F.softmax((hidden @ self.decoder_U_att + self.decoder_c_tt)[:, :, 0], dim=1)
+        weight = F.one_hot(alpha.argmax(dim=1), alpha.shape[1]).to(alpha) if self.hard else alpha
+        context = (features * weight[:, :, None]).sum(dim=1)
+        if self.selector:
+            context = torch.sigmoid(h @ self.decoder_W_sel + self.decoder_b_sel) * context
+        preact = h @ self.decoder_U + (word @ self.decoder_W + self.decoder_b) + context @ self.decoder_Wc
+        i, f, o, g = preact.split(self.dim, dim=1)
+        if self.use_dropout_lstm:
+            i, f, o = i * 0.5, f * 0.5, o * 0.5
+        c = torch.sigmoid(f) * c + torch.sigmoid(i) * torch.tanh(g)
+        h = torch.sigmoid(o) * torch.tanh(c)
+        logit = self._ff(self._dropout(h), "ff_logit_lstm")
+        if self.prev2out:
+            logit = logit + word
+        if self.ctx2out:
+            logit = logit + self._ff(context, "ff_logit_ctx")
+        logit = self._dropout(torch.tanh(logit))
+        for k in range(1, self.n_layers_out):
+            logit = self._dropout(F.relu(self._ff(logit, f"ff_logit_h{k}")))
+        return self._ff(logit, "ff_logit"), h, c, alpha

@@ -1,0 +1,205 @@
+"""COSNet as two graphs: one turns frames into features, one segments a frame's features with those of references."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import onnx
+import torch
+from torch import Tensor, nn
+
+from edgeattn.deploy.pipeline import save_model
+from edgeattn.export.calibration_statistics import lean_session
+from edgeattn.export.fp16 import to_fp16
+from edgeattn.export.opsets import DEFAULT_OPSET
+from edgeattn.export.precision_types import FP16
+from edgeattn.export.ranges import measure_ranges
+from edgeattn.export.surgery import inline_plugins
+from edgeattn.export.to_onnx import to_onnx
+from edgeattn.foundation import UserError
+from edgeattn.models.cosnet import COSNet
+
+_BATCH, _REFERENCES = 2, 3
+"""Sizes of the example: each another number, and none of them 1, so that both stay dynamic."""
+
+
+@dataclass(frozen=True)
+class Combination:
+    """How N references make one mask.
+
+    Attributes:
+        name: of the option.
+        summary: what is computed.
+        heads: method of `COSNet` that segments by features.
+        whole_takes: references that one run of the whole network takes; None for all.
+    """
+
+    name: str
+    summary: str
+    heads: str
+    whole_takes: int | None
+
+
+MEAN = Combination("mean", "mean of the probabilities with each reference alone", "average_features", 1)
+GROUP = Combination("group", "one softmax over the positions of all references", "segment_features", None)
+COMBINATIONS = {combination.name: combination for combination in (MEAN, GROUP)}
+"""By name; the first one is what the paper's tests do, the second the group form of its journal version."""
+
+
+@dataclass(frozen=True)
+class VideoGraphs:
+    """The two graphs of a video segmenter.
+
+    Attributes:
+        encoder: `frames` (batch, 3, height, width), preprocessed, to `features` (batch, channels, h, w); for targets
+            and references alike.
+        attention: `target_features` (batch, channels, h, w) and `reference_features` (batch, N, channels, h, w) to
+            `mask` (batch, 1, height, width), the object's probability at the size of the frames. Co-attention is a node
+            of domain `edgeattn` with its body.
+        precision: "fp32" or "fp16"; inputs and outputs are FP32 either way.
+        notes: what a user should read about the precision.
+    """
+
+    encoder: onnx.ModelProto
+    attention: onnx.ModelProto
+    precision: str = "fp32"
+    notes: tuple[str, ...] = ()
+
+    def save(self, folder: Path) -> tuple[Path, Path]:
+        """Write the graphs and return the paths of the encoder and of the attention in standard operators.
+
+        FP32 graphs are `encoder.onnx`, `attention.onnx` and, with its plugin node, `attention.plugin.onnx`; FP16 graphs
+        have `.fp16` before the ending.
+
+        Args:
+            folder: where to; created when missing.
+        """
+        ending = ".onnx" if self.precision == "fp32" else f".{self.precision}.onnx"
+        save_model(self.attention, folder / f"attention.plugin{ending}")
+        return (
+            save_model(self.encoder, folder / f"encoder{ending}"),
+            save_model(inline_plugins(self.attention), folder / f"attention{ending}"),
+        )
+
+    def fp16(self, frames: Iterable[np.ndarray] = ()) -> VideoGraphs:
+        """Return the FP16 form of both graphs.
+
+        Args:
+            frames: typical frames (1, 3, height, width), preprocessed, on which it is measured what FP16 cannot hold;
+                only declared policies decide when none are given.
+        """
+        encoder, attention = None, None
+        if images := [{"frames": frame} for frame in frames]:
+            encoder = measure_ranges(self.encoder, images, FP16)
+            session = lean_session(copy.deepcopy(self.encoder))
+            features = [session.run(["features"], image)[0] for image in images]
+            count = _shape(self.attention.graph.input[1])[1] or len(features)
+            references = np.stack([features[index % len(features)][0] for index in range(count)])[None]
+            pairs = ({"target_features": feature, "reference_features": references} for feature in features)
+            attention = measure_ranges(self.attention, pairs, FP16)
+        halves = to_fp16(self.encoder, ranges=encoder), to_fp16(self.attention, ranges=attention)
+        notes = tuple(dict.fromkeys(note for half in halves for note in half.notes))
+        return VideoGraphs(halves[0].model, halves[1].model, "fp16", notes)
+
+
+def video_graphs(
+    model: COSNet,
+    size: tuple[int, int],
+    *,
+    references: int | None = None,
+    combination: Combination = MEAN,
+    opset: int = DEFAULT_OPSET,
+) -> VideoGraphs:
+    """Export a video segmenter as two graphs, so that each frame is encoded once, whatever it is used for.
+
+    Args:
+        model: the trained network.
+        size: (height, width) of the frames. It is fixed, because several sizes have features of one size.
+        references: N, the number of references; dynamic when None. The batch is always dynamic.
+        combination: how the references make one mask.
+        opset: version of the standard operators.
+
+    Raises:
+        UserError: no reference.
+    """
+    _require_references(references)
+    encoder = to_onnx(
+        model,
+        [torch.zeros(_BATCH, 3, *size)],
+        input_names=["frames"],
+        output_names=["features"],
+        dynamic_axes=[{0: "batch"}],
+        opset=opset,
+        method="encode",
+    )
+    shape = _shape(encoder.graph.output[0])[1:]
+    reference_axes = {0: "batch"} if references else {0: "batch", 1: "references"}
+    attention = to_onnx(
+        _Heads(model, combination, size),
+        [torch.rand(_BATCH, *shape), torch.rand(_BATCH, references or _REFERENCES, *shape)],
+        input_names=["target_features", "reference_features"],
+        output_names=["mask"],
+        dynamic_axes=[{0: "batch"}, reference_axes],
+        opset=opset,
+    )
+    return VideoGraphs(encoder, attention)
+
+
+def whole_graph(
+    model: COSNet, size: tuple[int, int], *, references: int, opset: int = DEFAULT_OPSET
+) -> onnx.ModelProto:
+    """Export the whole network as one graph of standard operators, which encodes its references in every run.
+
+    This is what the two graphs are measured against: with one reference the published pairwise form, less what only
+    the reference's own mask needs.
+
+    Args:
+        model: the trained network.
+        size: (height, width) of the frames.
+        references: how many references one run takes.
+        opset: version of the standard operators.
+
+    Returns:
+        `target` (1, 3, height, width) and `references` (1, N, 3, height, width) to `mask` (1, 1, height, width).
+
+    Raises:
+        UserError: no reference.
+    """
+    _require_references(references)
+    return inline_plugins(
+        to_onnx(
+            model,
+            [torch.zeros(1, 3, *size), torch.zeros(1, references, 3, *size)],
+            input_names=["target", "references"],
+            output_names=["mask"],
+            opset=opset,
+            method="forward_group",
+        )
+    )
+
+
+class _Heads(nn.Module):
+    """What follows the encoder; the network keeps its module paths below `network`."""
+
+    def __init__(self, network: COSNet, combination: Combination, size: tuple[int, int]) -> None:
+        super().__init__()
+        self.network = network
+        self.heads, self.size = combination.heads, size
+
+    def forward(self, target_features: Tensor, reference_features: Tensor) -> Tensor:
+        mask: Tensor = getattr(self.network, self.heads)(target_features, reference_features, self.size)
+        return mask
+
+
+def _require_references(references: int | None) -> None:
+    if references is not None and references < 1:
+        raise UserError(f"{references} references are asked for. Give at least 1; 5 are published.")
+
+
+def _shape(value: onnx.ValueInfoProto) -> tuple[int, ...]:
+    """Return the declared shape of an input or output; 0 where it varies."""
+    return tuple(dimension.dim_value for dimension in value.type.tensor_type.shape.dim)
