@@ -27,6 +27,9 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/blocks.py
 	$(BIN)/python benchmarks/kernel_resources.py
 	$(BIN)/python benchmarks/fault_injection.py
+	$(BIN)/python benchmarks/overflow_suite.py
+	$(BIN)/python benchmarks/tuning.py
+	$(BIN)/python benchmarks/estimate_accuracy.py
 	$(BIN)/python benchmarks/criss_cross_forms.py
 	$(BIN)/python benchmarks/rewrite_chain.py
 	$(BIN)/python benchmarks/official_size.py

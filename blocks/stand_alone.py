@@ -8,6 +8,9 @@ and https://github.com/MerHS/SASA-pytorch, `model/sa_layer.py`. Each computes so
     leaderj1001   logit_c(p, d) = q_c(p) (k_c(p + d) + r_c(d)), softmax over d per channel
     MerHS         logit(p, d) = sum over all channels of q(p) (k(p + d) + r(d)), one softmax for all heads
 
+Both ports have a stem whose values mix m projections: leaderj1001's by the place in the window, MerHS's by the place in
+the image.
+
 Positions outside the image have zero keys and values and are not masked: they still receive the logit q . r.
 """
 
@@ -21,9 +24,11 @@ from collections.abc import Sequence
 import torch
 from torch import nn
 
+from edgeattn.blocks.fixed_size import require_static
 from edgeattn.blocks.precision import Fp32Step
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Overflow, Published, Sizes, TensorInput, Variant
 from edgeattn.blocks.taps import tap_softmax, taps, weighted_sum
+from edgeattn.foundation import UserError
 
 
 def _padded(features: torch.Tensor, kernel: int) -> torch.Tensor:
@@ -174,11 +179,147 @@ class SharedMapAttention(nn.Module):
         return attended if self.bias is None else attended + self.bias
 
     def _relative(self) -> torch.Tensor:
-        """Return the embeddings as `_attend` takes them for one head that has all the channels."""
-        half = self.relative_x.shape[0]
-        rows = nn.functional.pad(self.relative_y.transpose(0, 1), (half, 0))
-        columns = nn.functional.pad(self.relative_x.transpose(0, 1), (0, half))
-        return torch.cat([rows, columns]).repeat(1, self.groups)[None]
+        """Return the embeddings as `_attend` takes them."""
+        return _shared_relative(self.relative_x, self.relative_y, self.groups)
+
+
+def _shared_relative(columns: torch.Tensor, rows: torch.Tensor, groups: int) -> torch.Tensor:
+    """Return MerHS's embeddings (d / 2, k), which all groups share, as `_attend` takes them for one head of all."""
+    half = columns.shape[0]
+    padded_rows = nn.functional.pad(rows.transpose(0, 1), (half, 0))
+    padded_columns = nn.functional.pad(columns.transpose(0, 1), (0, half))
+    return torch.cat([padded_rows, padded_columns]).repeat(1, groups)[None]
+
+
+_PLACES = "its embeddings have a number for every row and column"
+
+
+class PlaceMixtureStem(nn.Module):
+    """MerHS's `SAMixtureConv2d`: its attention with values that mix `mix` projections by their place in the image.
+
+    The mixture is a softmax over the projections of emb_m emb_x (column) + emb_m emb_y (row). An even window, padded by
+    half of it on all sides as in the port's stem, gives a map larger by one, whose first row and column have the query
+    zero. The padded places have embeddings too, without an effect, as what they weight is zero.
+
+    State names and shapes are the port's: `weight_query`, `weight_key`, `weight_values.{0..mix-1}` (grouped, no bias),
+    `relative_x`, `relative_y` (d / 2, k), `bias` (1, out_channels, 1, 1), `emb_x` (d, in_width + 2 padding), `emb_y`
+    (d, in_height + 2 padding), `emb_m` (mix, d), with d = out_channels / groups.
+
+    The projections are one: that of `mix` scaled copies of the input, which has fewer channels in a stem.
+
+    Args:
+        in_height: height of the input.
+        in_width: width of the input.
+        in_channels: input channels, a multiple of the groups.
+        out_channels: output channels, a multiple of twice the groups.
+        kernel_size: window size; the padding is half of it.
+        stride: distance between window centres.
+        groups: groups of the projections, each with the same embeddings.
+        mix: projections of the values.
+        bias: whether the result gets a bias.
+
+    Raises:
+        ValueError: channels that do not divide.
+    """
+
+    def __init__(
+        self,
+        in_height: int,
+        in_width: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 4,
+        stride: int = 1,
+        groups: int = 1,
+        mix: int = 4,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        if in_channels % groups or out_channels % (2 * groups):
+            raise ValueError(
+                f"in_channels ({in_channels}) must be a multiple of groups ({groups}) and out_channels "
+                f"({out_channels}) of twice the groups; choose other groups"
+            )
+        self.size = (in_height, in_width)
+        self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
+        width, reach = out_channels // groups, 2 * (kernel_size // 2)
+        project = functools.partial(nn.Conv2d, kernel_size=1, groups=groups, bias=False)
+        self.bias = nn.Parameter(torch.zeros(1, out_channels, 1, 1)) if bias else None
+        self.relative_x = nn.Parameter(torch.randn(width // 2, kernel_size))
+        self.relative_y = nn.Parameter(torch.randn(width // 2, kernel_size))
+        self.weight_query = project(in_channels, out_channels)
+        self.weight_key = project(in_channels, out_channels)
+        self.weight_values = nn.ModuleList(project(in_channels, out_channels) for _ in range(mix))
+        self.emb_x: nn.Parameter | None = nn.Parameter(torch.randn(width, in_width + reach))
+        self.emb_y: nn.Parameter | None = nn.Parameter(torch.randn(width, in_height + reach))
+        self.emb_m: nn.Parameter | None = nn.Parameter(torch.randn(mix, width))
+        self.mixture: torch.Tensor | None
+        self.register_buffer("mixture", None, persistent=False)
+        self.weight_value: nn.Conv2d | None = None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attend in x (batch, in_channels, in_height, in_width).
+
+        Returns:
+            (batch, out_channels, height, width); without stride the size of x, or one more for an even window.
+
+        Raises:
+            UserError: another size than the constructor's, or a dynamic one.
+        """
+        for axis, size, wanted in zip(("height", "width"), x.shape[2:], self.size, strict=True):
+            require_static("this stem", axis, size, _PLACES)
+            if size != wanted:
+                raise UserError(f"the {axis} of the stem's input must be {wanted}, got {size}: {_PLACES}. Resize it.")
+        # An even window: (height + 1) windows, the first of them centred on the row before the first.
+        extra = 1 - self.kernel_size % 2
+        query = nn.functional.pad(self.weight_query(x), (extra, 0, extra, 0))
+        if self.stride > 1:
+            query = query[:, :, :: self.stride, :: self.stride]
+        key, value = (nn.functional.pad(part, (0, extra, 0, extra)) for part in (self.weight_key(x), self._value(x)))
+        relative = _shared_relative(self.relative_x, self.relative_y, self.groups)
+        attended = _attend(query, key, value, relative, self.kernel_size, self.stride)
+        return attended if self.bias is None else attended + self.bias
+
+    def _value(self, x: torch.Tensor) -> torch.Tensor:
+        """Return the mixed values (batch, out_channels, in_height, in_width)."""
+        mixture = self._mixture() if self.mixture is None else self.mixture
+        copies = x.unflatten(1, (self.groups, 1, -1)) * mixture
+        scaled = copies.flatten(1, 3)
+        if self.weight_value is not None:
+            result: torch.Tensor = self.weight_value(scaled)
+            return result
+        return nn.functional.conv2d(scaled, self._projection(), groups=self.groups)
+
+    def _mixture(self) -> torch.Tensor:
+        """Return the weight of each projection at each place, (mix, 1, in_height, in_width)."""
+        assert self.emb_x is not None
+        assert self.emb_y is not None
+        assert self.emb_m is not None
+        before = self.kernel_size // 2
+        height, width = self.size
+        columns = torch.matmul(self.emb_m, self.emb_x[:, before : before + width])
+        rows = torch.matmul(self.emb_m, self.emb_y[:, before : before + height])
+        return (rows[:, :, None] + columns[:, None, :]).softmax(dim=0).unsqueeze(1)
+
+    def _projection(self) -> torch.Tensor:
+        """Return the projections side by side, (out_channels, mix * in_channels / groups, 1, 1)."""
+        return torch.cat([convolution.get_parameter("weight") for convolution in self.weight_values], dim=1)
+
+    def prepare_for_export(self) -> PlaceMixtureStem:
+        """Return a copy with a constant mixture and one projection of the values."""
+        folded = copy.deepcopy(self)
+        if folded.emb_m is not None:
+            with torch.no_grad():
+                weight = self._projection()
+                folded.mixture = self._mixture()
+            channels = self.groups * weight.shape[1]
+            folded.weight_value = nn.Conv2d(
+                channels, weight.shape[0], kernel_size=1, groups=self.groups, bias=False, device=weight.device
+            )
+            folded.weight_value.weight = nn.Parameter(weight)
+            folded.weight_values = nn.ModuleList()
+            folded.emb_x = folded.emb_y = folded.emb_m = None
+        return folded
 
 
 def _attend_by_channel(
@@ -522,5 +663,64 @@ BLOCKS.add(
         precision=_PRECISION,
         int8=_INT8,
         inputs=_INPUT,
+    )
+)
+
+
+def _largest_mixed(arguments: Arguments, sizes: Sizes) -> int:
+    """Return the elements of the largest of the logits, a padded map and the scaled copies of the input."""
+    kernel, mix = arguments["kernel_size"], arguments.get("mix", 4)
+    height, width = (sizes[axis] + 2 * (kernel // 2) for axis in ("height", "width"))
+    positions = (height - kernel + 1) * (width - kernel + 1)
+    copies = mix * arguments["in_channels"] * sizes["height"] * sizes["width"]
+    return int(sizes["batch"] * max(kernel**2 * positions, arguments["out_channels"] * height * width, copies))
+
+
+_SMALL_MIXED = {"in_height": 5, "in_width": 7, "in_channels": 3, "out_channels": 8, "kernel_size": 4, "mix": 3}
+_SMALL_MIXED_GROUPS = {
+    **_SMALL_MIXED,
+    "in_channels": 4,
+    "kernel_size": 3,
+    "stride": 2,
+    "groups": 2,
+    "bias": False,
+}
+_FIXED_MAP = {"height": _PLACES, "width": _PLACES}
+
+BLOCKS.add(
+    BlockSpec(
+        name="sasa-merhs-stem",
+        title="attention stem, MerHS",
+        paper=_PAPER,
+        year=2019,
+        code="https://github.com/MerHS/SASA-pytorch",
+        build=PlaceMixtureStem,
+        original="edgeattn.validation.originals.stand_alone:PlaceMixtureStem",
+        variants=(
+            Variant(
+                "port",
+                _SMALL_MIXED,
+                references={"sasa_merhs_stem": _SMALL_MIXED},
+                published=Published(
+                    "SA-ResNet-50, ImageNet 224x224, stem",
+                    {"in_height": 224, "in_width": 224, "in_channels": 3, "out_channels": 64, "bias": False}
+                    | {"kernel_size": 4, "groups": 1, "mix": 4},
+                    {"batch": 1, "height": 224, "width": 224},
+                ),
+                fixed=_FIXED_MAP,
+                overflow=_OVERFLOW,
+            ),
+            Variant(
+                "port-odd-strided",
+                _SMALL_MIXED_GROUPS,
+                references={"sasa_merhs_stem_odd": _SMALL_MIXED_GROUPS},
+                fixed=_FIXED_MAP,
+            ),
+        ),
+        largest=_largest_mixed,
+        precision=_PRECISION,
+        int8=_INT8,
+        inputs=_INPUT,
+        sizes=tuple({"batch": batch, "height": 5, "width": 7} for batch in (2, 1, 3)),
     )
 )

@@ -111,8 +111,8 @@ class Layout:
         name: unique within the network, such as "official" or "timm".
         key_map: replacement template by pattern (see `edgeattn.models.checkpoint`) from published names to ours; empty
             where the names are the same.
-        listing: file of published names and shapes in `models/listings/`, without its ending; None where no file lists
-            them, because the network was trained here.
+        listing: file of published names and shapes in `models/listings/`, without its ending; None where no state
+            with names was published, or the network was trained here.
     """
 
     name: str = "official"

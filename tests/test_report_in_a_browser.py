@@ -27,27 +27,7 @@ CONTRAST = 4.5
 SMALLEST = 11.5
 """Least size of text in CSS pixels."""
 
-LAYOUT = """
-const texts = [], walker = document.createTreeWalker(document.body, NodeFilter.SHOW_TEXT);
-while (walker.nextNode()) if (walker.currentNode.data.trim()) texts.push(walker.currentNode.parentElement);
-const seen = [...new Set(texts)].filter(e => e.getClientRects().length);
-const parts = colour => colour.match(/[\\d.]+/g).map(Number);
-const luminance = colour => parts(colour).slice(0, 3).map(c => c / 255)
-  .map(c => c <= 0.03928 ? c / 12.92 : ((c + 0.055) / 1.055) ** 2.4)
-  .reduce((sum, c, i) => sum + c * [0.2126, 0.7152, 0.0722][i], 0);
-const ground = e => { while (e) { const c = getComputedStyle(e).backgroundColor; if (!/, 0\\)$/.test(c)) return c; e = e.parentElement; } return "rgb(255, 255, 255)"; };
-const contrast = e => { const [a, b] = [luminance(getComputedStyle(e).color), luminance(ground(e))].sort((x, y) => y - x); return (a + 0.05) / (b + 0.05); };
-const faint = seen.map(e => [contrast(e), e.textContent.slice(0, 40)]).sort((a, b) => a[0] - b[0])[0];
-const small = Math.min(...seen.map(e => parseFloat(getComputedStyle(e).fontSize)));
-const outside = [...document.body.querySelectorAll("*")].filter(e => !e.closest(".scroll") && !e.closest("svg"))
-  .filter(e => e.getClientRects().length && e.getBoundingClientRect().right > innerWidth + 0.5).map(e => e.outerHTML.slice(0, 80));
-const crossing = [...document.querySelectorAll(".ticks, .heights")].filter(axis => { const r = [...axis.children].map(e => e.getBoundingClientRect());
-  return r.some((a, i) => r.slice(i + 1).some(b => a.left < b.right && b.left < a.right && a.top < b.bottom && b.top < a.bottom)); }).length;
-const thin = [...document.querySelectorAll(".row .label")].filter(e => e.getBoundingClientRect().width < 120).map(e => e.textContent);
-const drawn = [...document.querySelectorAll(".row svg, .curves svg")].map(e => e.getBoundingClientRect()).filter(r => r.width > 150 && r.height > 10).length;
-return {faint, small, outside, crossing, thin, drawn, charts: document.querySelectorAll(".row svg, .curves svg").length,
-  width: document.documentElement.scrollWidth, inner: innerWidth, broken: [...document.images].filter(i => !i.naturalWidth).length};
-"""
+LAYOUT = Path(__file__).with_name("page_layout.js").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -75,9 +55,9 @@ def test_readable_light_and_dark(browser: Browser, page: Path, width: int) -> No
         assert found["inner"] == width
         assert found["width"] <= width, "the page scrolls sideways"
         assert found["outside"] == [], "something outside a scrolling box is wider than the page"
-        assert found["faint"][0] >= CONTRAST, found["faint"]
-        assert found["small"] >= SMALLEST
-        assert found["crossing"] == 0, "labels of an axis overlap"
+        assert found["faintest"][0] >= CONTRAST, found["faintest"]
+        assert found["smallest"] >= SMALLEST
+        assert found["overlapping"] == 0, "labels of an axis overlap"
         assert found["thin"] == []
         assert found["drawn"] == found["charts"] >= 5
         assert found["broken"] == 0
@@ -114,7 +94,7 @@ def test_the_check_sees_what_is_wrong(browser: Browser, tmp_path: Path) -> None:
     found = browser.evaluate(LAYOUT)
     assert found["width"] > 390
     assert found["outside"]
-    assert found["faint"][0] < CONTRAST
+    assert found["faintest"][0] < CONTRAST
     assert found["broken"] == 1
     assert any("nowhere is not defined" in message for message in browser.console())
     assert any("127.0.0.1:9" in address for address in browser.requests())

@@ -46,9 +46,9 @@ def write_page(title: str, rows: Sequence[Row], facts: Mapping[str, Any], folder
     return write_text(folder / PAGE, page)
 
 
-def figure(value: float | None, form: str) -> str:
-    """Return a number, or a dash where there is none."""
-    return "–" if value is None else format(value, form)
+def figure(value: float | None, form: str, unit: str = "") -> str:
+    """Return a number with its unit, or a dash where there is none."""
+    return "–" if value is None else f"{value:{form}}{unit}"
 
 
 def points(value: float | None) -> str:

@@ -8,7 +8,14 @@ import pytest
 import torch
 from torch import nn
 
-from edgeattn.blocks.stand_alone import ChannelwiseAttention, ChannelwiseStem, SharedMapAttention, StandAloneAttention
+from edgeattn.blocks.stand_alone import (
+    ChannelwiseAttention,
+    ChannelwiseStem,
+    PlaceMixtureStem,
+    SharedMapAttention,
+    StandAloneAttention,
+)
+from edgeattn.foundation import UserError
 from edgeattn.validation.randomise import randomise
 
 
@@ -86,3 +93,30 @@ def test_stem_folds_its_mixture_into_one_projection_per_tap() -> None:
 def test_bad_arguments_are_refused(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+def test_the_mixture_of_the_stem_depends_on_the_place_in_the_image() -> None:
+    module = PlaceMixtureStem(3, 2, 2, 2, kernel_size=1, mix=2, bias=False)
+    identity_projections(module)
+    with torch.no_grad():
+        module.weight_values[1].weight.mul_(5)
+        module.emb_m.copy_(torch.tensor([[0.0, 0.0], [1.0, 1.0]]))
+        module.emb_x.copy_(torch.tensor([[50.0, -50.0], [0.0, 0.0]]))
+        module.emb_y.zero_()
+        result = module(torch.ones(1, 2, 3, 2))
+    torch.testing.assert_close(result[0, 0], torch.tensor([5.0, 1.0]).expand(3, 2))
+
+
+def test_an_even_window_gives_a_larger_map_that_starts_with_the_mean_of_its_window() -> None:
+    module = randomise(PlaceMixtureStem(5, 7, 3, 4, kernel_size=4, bias=False))
+    x = torch.randn(1, 3, 5, 7, generator=torch.Generator().manual_seed(3))
+    result, value = module(x), module._value(x)
+    assert result.shape == (1, 4, 6, 8)
+    torch.testing.assert_close(result[0, :, 0, 3], value[0, :, :2, 1:5].sum(dim=(1, 2)) / 16)
+
+
+def test_the_stem_of_places_refuses_other_sizes() -> None:
+    with pytest.raises(UserError, match="height of the stem's input must be 5, got 6"):
+        PlaceMixtureStem(5, 7, 3, 4)(torch.zeros(1, 3, 6, 7))
+    with pytest.raises(ValueError, match=r"in_channels \(3\) must be a multiple of groups \(2\)"):
+        PlaceMixtureStem(5, 7, 3, 4, groups=2)

@@ -163,3 +163,69 @@ class SharedMapAttention(nn.Module):
         value = _windows(self.weight_value(padded), self.kernel_size, self.stride).flatten(4)
         attended = (attention.unsqueeze(1) * value).sum(dim=4)
         return attended if self.bias is None else attended + self.bias
+
+
+class PlaceMixtureStem(nn.Module):
+    """SharedMapAttention with values mixed from projections at each place of the image, as MerHS's SAMixtureConv2d.
+
+    Args:
+        in_height: height of the input.
+        in_width: width of the input.
+        in_channels: channels of the input.
+        out_channels: channels of the result.
+        kernel_size: side of the window, padded by half of it.
+        stride: step between windows.
+        groups: groups of the projections.
+        mix: number of projections.
+        bias: whether a bias is added to the result.
+    """
+
+    def __init__(
+        self,
+        in_height: int,
+        in_width: int,
+        in_channels: int,
+        out_channels: int,
+        kernel_size: int = 4,
+        stride: int = 1,
+        groups: int = 1,
+        mix: int = 4,
+        bias: bool = True,
+    ) -> None:
+        super().__init__()
+        self.kernel_size, self.stride, self.groups = kernel_size, stride, groups
+        self.pad, depth = kernel_size // 2, out_channels // groups
+        self.x_channels = depth // 2
+        self.weight_query = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
+        self.weight_key = nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False)
+        self.weight_values = nn.ModuleList(
+            [nn.Conv2d(in_channels, out_channels, 1, groups=groups, bias=False) for _ in range(mix)]
+        )
+        self.relative_x = nn.Parameter(torch.zeros(self.x_channels, kernel_size))
+        self.relative_y = nn.Parameter(torch.zeros(self.x_channels, kernel_size))
+        self.emb_x = nn.Parameter(torch.zeros(depth, in_width + 2 * self.pad))
+        self.emb_y = nn.Parameter(torch.zeros(depth, in_height + 2 * self.pad))
+        self.emb_m = nn.Parameter(torch.zeros(mix, depth))
+        self.bias = nn.Parameter(torch.zeros(1, out_channels, 1, 1)) if bias else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Map (B, Ci, H, W) to (B, Co, (H + 2 pad - k) / stride + 1, the same of W), rounded down."""
+        padded = F.pad(x, [self.pad] * 4)
+        key = _windows(self.weight_key(padded), self.kernel_size, self.stride)
+        height, width = key.shape[2:4]
+        first = (self.kernel_size - 1) // 2
+        rows = [first + self.stride * row for row in range(height)]
+        columns = [first + self.stride * column for column in range(width)]
+        query = self.weight_query(padded)[:, :, rows][:, :, :, columns]
+        heads = query.unflatten(1, (self.groups, -1))
+        x_term = torch.einsum("bgchw,ck->bhwk", heads[:, :, : self.x_channels], self.relative_x)
+        y_term = torch.einsum("bgchw,ck->bhwk", heads[:, :, self.x_channels :], self.relative_y)
+        logits = (query[..., None, None] * key).sum(dim=1) + x_term.unsqueeze(3) + y_term.unsqueeze(4)
+        attention = torch.softmax(logits.flatten(3), dim=3)
+        place = (self.emb_m @ self.emb_x).unsqueeze(1) + (self.emb_m @ self.emb_y).unsqueeze(2)
+        mixture = torch.softmax(place, dim=0)
+        value = sum(p * projection(padded) for p, projection in zip(mixture, self.weight_values, strict=True))
+        assert isinstance(value, torch.Tensor)
+        windows = _windows(value, self.kernel_size, self.stride).flatten(4)
+        attended = (attention.unsqueeze(1) * windows).sum(dim=4)
+        return attended if self.bias is None else attended + self.bias
