@@ -30,6 +30,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/overflow_suite.py
 	$(BIN)/python benchmarks/tuning.py
 	$(BIN)/python benchmarks/estimate_accuracy.py
+	$(BIN)/python benchmarks/cosnet_streaming.py
 	$(BIN)/python benchmarks/criss_cross_forms.py
 	$(BIN)/python benchmarks/rewrite_chain.py
 	$(BIN)/python benchmarks/official_size.py

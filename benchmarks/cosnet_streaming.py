@@ -97,7 +97,7 @@ def main() -> None:
     torch.set_num_threads(1)
     console = Console()
     results = json.loads(RESULT.read_text(encoding="utf-8")) if RESULT.exists() else {}
-    table = Table("model", "frames", "references", "encoder runs", "frames/s", "whole, s/frame", "streamed", "saved")
+    table = Table("model", "frames", "refs", "encoded", "frames/s", "whole s", "streamed s", "saved")
     for name in names:
         results[name] = found = measure(name, CASES[name])
         whole = found["against_whole_network"]

@@ -50,7 +50,7 @@ name = "jetpack-6.2-orin-nano-8"
 [[target]]
 name = "jetpack-7.1-thor-t4000"
 [options]
-samples = 48
+samples = 24
 golden = 2
 """
 KILL_AFTER = 6

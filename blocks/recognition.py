@@ -8,6 +8,7 @@ pooled maps) is left to `alternatives`, for a caller who can measure which of th
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 import itertools
@@ -20,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 
 from edgeattn.blocks.spec import BLOCKS, Arguments, BlockSpec, Variant
 
@@ -198,14 +200,44 @@ def _declared(variant: Variant) -> tuple[Arguments, ...]:
     return (variant.arguments, *variant.references.values(), *variant.listings.values(), *published)
 
 
-def shapes_when_built(block: BlockSpec, arguments: Arguments) -> Shapes | None:
-    """Return the shapes of the state that arguments give, or None where the block refuses them."""
+_FILLS = frozenset(
+    {
+        *(getattr(torch.nn.init, name) for name in dir(torch.nn.init) if re.fullmatch(r"[a-z]\w*_", name)),
+        *(Tensor.copy_, Tensor.fill_, Tensor.normal_, Tensor.uniform_, Tensor.zero_),
+    }
+)
+_DRAWS = (torch.rand, torch.randn)
+
+
+class _Unfilled(TorchFunctionMode):
+    """Leaves out what fills tensors, the larger part of building a module whose shapes alone are asked for."""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func in _FILLS:
+            return args[0] if args else kwargs["tensor"]
+        return torch.empty(*args, **kwargs) if func in _DRAWS else func(*args, **kwargs)
+
+
+def shapes_when_built(block: BlockSpec, arguments: Arguments, *, declared: bool = False) -> Shapes | None:
+    """Return the shapes of the state that arguments give, or None where the block refuses them.
+
+    Args:
+        block: the block.
+        arguments: constructor arguments.
+        declared: the arguments are declared ones, or nearly, whose module fits into memory. It is built there, where
+            memory that nothing fills costs nothing, rather than without memory: the operators of some constructors
+            would make torch import its compiler for that, which takes longer than all the rest.
+    """
     key = (block.name, tuple(sorted((name, repr(value)) for name, value in arguments.items())))
     if key not in _BUILT:
         if len(_BUILT) > _BUILT_LIMIT:
             _BUILT.clear()
         try:
-            with torch.device("meta"), warnings.catch_warnings():
+            place = contextlib.nullcontext() if declared else torch.device("meta")
+            with place, _Unfilled(), warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a size of zero on the way to the right one
                 _BUILT[key] = shapes_of(block.build(**arguments).state_dict())
         except (ArithmeticError, AssertionError, LookupError, RuntimeError, TypeError, ValueError):
@@ -221,11 +253,11 @@ def _by_count() -> Mapping[int, tuple[tuple[Layout, Mapping[frozenset[str], tupl
     for index, layout in enumerate(layouts()):
         seen = built.setdefault(id(layout.block), {})
         starts = [dict(arguments) for arguments in layout.arguments]
-        tensors = len(shapes_when_built(layout.block, starts[0]) or ())
+        tensors = len(shapes_when_built(layout.block, starts[0], declared=True) or ())
         for start in (*starts, *(_flipped(layout) if tensors <= _FLIP_LIMIT else ())):
             key = repr(sorted(start.items(), key=lambda item: item[0]))
             if key not in seen:
-                shapes = shapes_when_built(layout.block, start)
+                shapes = shapes_when_built(layout.block, start, declared=True)
                 seen[key] = None if shapes is None else frozenset(shapes)
             names = seen[key]
             if names:

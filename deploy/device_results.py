@@ -18,6 +18,9 @@ from edgeattn.validation.report_page import Section, number, section
 LARGEST_RECORD = 4 << 20
 """Bytes that a record may have; the device's programs write a few thousand."""
 
+LARGEST_NUMBER = 1e300
+"""What the device's programs write for an error relative to nothing; nothing is larger."""
+
 _NUMBER = (int, float)
 _MAYBE = (int, float, type(None))
 _TEXT = (str, type(None))
@@ -188,11 +191,16 @@ def _defects(value: Any, layout: Any, where: str) -> Iterator[str]:
         if not isinstance(value, layout.kind):
             yield f"{where} is no {layout.kind.__name__}"
             return
-        members = value.items() if isinstance(value, dict) else enumerate(value)
+        members: Any = value.items() if isinstance(value, dict) else enumerate(list(value))  # type: ignore[call-overload]
         for name, member in members:
             yield from _defects(member, layout.layout, f"{where}.{name}")
-    elif not isinstance(value, layout) or isinstance(value, bool):
+    elif not isinstance(value, layout) or isinstance(value, bool) or _is_absurd(value):
         yield f"{where} is {value!r}"
+
+
+def _is_absurd(value: Any) -> bool:
+    """Say whether a number is infinite, or too large to be computed with."""
+    return isinstance(value, (int, float)) and not abs(value) <= LARGEST_NUMBER
 
 
 def device_sections(devices: Sequence[DeviceResults], parity: Mapping[str, Any]) -> list[Section]:

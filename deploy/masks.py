@@ -80,17 +80,17 @@ def write_masks(
         raise UserError(f"{base.name} labels images as a whole, so it has no masks. Name a segmentation model.")
     opened = open_form(file, name=file.name, threads=threads, plugins=plugins)
     network = _Labeller(base, opened, plan)
-    files = _files(images)
+    files = image_paths(images)
     if len(files) < len(base.inputs):
         raise UserError(f"{len(files)} image is given, but {base.name} takes {len(base.inputs)} at a time. Give more.")
     colours = np.asarray(palette(len(base.classes)), np.uint8)
     written, pixels = [], np.zeros(len(base.classes), np.int64)
     with opened.runner:
         for index, path in enumerate(files):
-            image = _read(path)
-            labels = network.labels(image, [_read(other) for other in _partners(files, index, len(base.inputs))])
-            _write_mask(output / f"{path.stem}.png", labels, colours)
-            _write_overlay(output / f"{path.stem}{OVERLAY}", image, colours[labels])
+            image = read_at_own_size(path)
+            labels = network.labels(image, [read_at_own_size(other) for other in _partners(files, index, len(base.inputs))])
+            write_mask(output / f"{path.stem}.png", labels, colours)
+            write_overlay(output / f"{path.stem}{OVERLAY}", image, colours[labels])
             written.append(output / f"{path.stem}.png")
             pixels += np.bincount(labels.ravel(), minlength=len(pixels))
             if progress:
@@ -151,7 +151,7 @@ def _partners(files: Sequence[Path], index: int, count: int) -> list[Path]:
     return around[: count - 1]
 
 
-def _files(images: Sequence[Path]) -> list[Path]:
+def image_paths(images: Sequence[Path]) -> list[Path]:
     """Return the image files of paths and folders.
 
     Raises:
@@ -164,7 +164,7 @@ def _files(images: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _read(path: Path) -> np.ndarray:
+def read_at_own_size(path: Path) -> np.ndarray:
     """Return an image at its own size."""
     try:
         with Image.open(path) as image:
@@ -174,13 +174,15 @@ def _read(path: Path) -> np.ndarray:
     return read_image(path, size)
 
 
-def _write_mask(path: Path, labels: np.ndarray, colours: np.ndarray) -> None:
+def write_mask(path: Path, labels: np.ndarray, colours: np.ndarray) -> None:
+    """Write labels (height, width) as a PNG whose palette is `colours` (classes, 3)."""
     mask = Image.fromarray(labels.astype(np.uint8))
     mask.putpalette(colours.tobytes())
     _save(mask, path)
 
 
-def _write_overlay(path: Path, image: np.ndarray, coloured: np.ndarray) -> None:
+def write_overlay(path: Path, image: np.ndarray, coloured: np.ndarray) -> None:
+    """Write an image with its coloured labels, both (height, width, 3) uint8, half each."""
     _save(Image.blend(Image.fromarray(image), Image.fromarray(coloured), 0.5), path)
 
 

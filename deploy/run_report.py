@@ -10,21 +10,25 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from edgeattn.deploy.device.workspace import provenance_digest
-from edgeattn.deploy.device_results import device_sections, read_results
+from edgeattn.deploy.device_results import DeviceResults, device_sections, read_results
 from edgeattn.deploy.evidence import EvaluationSamples
 from edgeattn.deploy.pipeline import Progress
 from edgeattn.export.run_directory import FORMAT, MANIFEST
-from edgeattn.foundation import UserError, write_text
+from edgeattn.foundation import UserError, sha256_of, write_text
 from edgeattn.models import MODELS
 from edgeattn.models.deployable import Deployment
 from edgeattn.validation.report import render_report
 from edgeattn.validation.report_divergence import divergence_section
 from edgeattn.validation.report_page import Section
-from edgeattn.validation.report_pictures import PICTURES, read_pictures
+from edgeattn.validation.report_pictures import pictures_of_page
 from edgeattn.validation.report_ranges import SAMPLES, measure_spans, ranges_section
 from edgeattn.validation.report_sensitivity import sensitivity_section
+
+REPORT = "report.html"
+"""Name of the page that a run writes itself."""
 
 _AGAIN = "Run `edgeattn export` again."
 _RECORDED: Sequence[tuple[str, Callable[[Mapping[str, Any], int], Section]]] = (
@@ -84,12 +88,14 @@ def report_run(
     else:
         sections.append(ranges)
     sections += _recorded(run, parity["model"])
-    pictures = read_pictures(run / PICTURES)
-    if not pictures:
-        notes.append(f"the run holds no {PICTURES}, so the page has no pictures. {_AGAIN}")
-    page = render_report(parity, pictures, manifest=manifest, sections=sections)
+    pictures = _pictures(run, manifest)
+    if pictures is None:
+        notes.append(f"{run / REPORT} is not the page that the run wrote, so there are no pictures. {_AGAIN}")
     failed = [f"parity of {entry['form']['name']}" for entry in parity["forms"] if entry["verdict"] != "PASS"]
+    failed += [f"parity of {each['form']} at {each['size']}" for each in parity["sizes"] if each["reasons"]]
     failed += [f"{precision} on {device.title}" for device in devices for precision in device.failed]
+    record = {**parity, "verdict": "FAIL" if failed else "PASS", "status": _status(parity, devices)}
+    page = render_report(record, pictures, manifest=manifest, sections=sections)
     return RunReport(write_text(output, page), tuple(failed), tuple(notes))
 
 
@@ -118,6 +124,15 @@ def _record(path: Path) -> Mapping[str, Any]:
     return record
 
 
+def _status(parity: Mapping[str, Any], devices: Sequence[DeviceResults]) -> str:
+    """Say where the numbers of the page come from."""
+    if not devices:
+        return str(parity["status"])
+    host = "; ".join(dict.fromkeys(entry["measured"] for entry in parity["forms"]))
+    theirs = "; ".join(f"{device.title} ({', '.join(device.shared('measured'))})" for device in devices)
+    return f"Measured on the host: {host}. Measured on devices, in sections of their own: {theirs}."
+
+
 def _refuse_output(output: Path, run: Path, manifest: Mapping[str, Any]) -> None:
     """Raise where the page would take the place of a file that the run recorded, or of a folder."""
     if output.is_dir():
@@ -127,6 +142,14 @@ def _refuse_output(output: Path, run: Path, manifest: Mapping[str, Any]) -> None
         raise UserError(
             f"{output} is a file of the run, recorded by its hash, and stays as it is. Give another name with -o."
         )
+
+
+def _pictures(run: Path, manifest: Mapping[str, Any]) -> Markup | None:
+    """Return the pictures of the page that the run wrote; None where it is missing or was changed since."""
+    page = run / REPORT
+    if not page.is_file() or sha256_of(page) != manifest["stages"]["compare"]["outputs"].get(REPORT):
+        return None
+    return pictures_of_page(page.read_text(encoding="utf-8"))
 
 
 def _recorded(run: Path, model: str) -> Iterator[Section]:

@@ -191,9 +191,10 @@ def find_blocks(state: Mapping[str, Tensor]) -> tuple[BlockFound, ...]:
         pieces = name.split(".")
         for depth in range(1, len(pieces)):
             parts.setdefault(".".join(pieces[:depth]), {})[".".join(pieces[depth:])] = shape
+    order = {prefix: place for place, prefix in enumerate(parts)}
     seen: dict[frozenset[tuple[str, tuple[int, ...]]], tuple[str, ...]] = {}
     found: list[BlockFound] = []
-    for prefix in sorted(parts, key=lambda part: (part.count(".") + bool(part), list(parts).index(part))):
+    for prefix in sorted(parts, key=lambda part: (part.count(".") + bool(part), order[part])):
         if any(not block.prefix or f"{prefix}.".startswith(f"{block.prefix}.") for block in found):
             continue
         part = parts[prefix]
@@ -204,8 +205,7 @@ def find_blocks(state: Mapping[str, Tensor]) -> tuple[BlockFound, ...]:
         if seen[key]:
             start = f"{prefix}." if prefix else ""
             found.append(BlockFound(prefix, seen[key], sum(state[f"{start}{name}"].numel() for name in part)))
-    order = list(parts)
-    return tuple(sorted(found, key=lambda block: order.index(block.prefix)))
+    return tuple(sorted(found, key=lambda block: order[block.prefix]))
 
 
 def _container(file: Path) -> str:

@@ -12,6 +12,7 @@ import numpy as np
 from edgeattn.deploy.device.manifest import Manifest
 from edgeattn.deploy.device.system import System
 from edgeattn.deploy.device.workspace import Workspace
+from edgeattn.foundation import sha256_of
 from edgeattn.validation.metrics import TensorComparison
 from edgeattn.validation.records import Form, FormParity, Parity, Picture, SizeCheck, TaskScore, write_parity
 from edgeattn.validation.report import write_report
@@ -24,7 +25,7 @@ LABELS = RNG.integers(0, 2, (2, 24, 32))
 RUN = {
     "format": 1,
     "run": {"model": "ccnet-digits", "size": [128, 160], "evaluation": "holiday", "note": "<script>alert(1)</script>"},
-    "stages": {"compare": {"outputs": {"parity.json": "", "report.html": ""}}},
+    "stages": {},
 }
 
 
@@ -78,8 +79,10 @@ def write_run(folder: Path) -> Path:
     """Write a run directory with its analyses, and return it."""
     parity = sample_parity()
     write_parity(parity, folder / "parity.json")
-    (folder / "manifest.json").write_text(json.dumps(RUN))
-    write_report(parity, folder / "report.html", manifest=RUN)
+    page = write_report(parity, folder / "report.html", manifest=RUN)
+    outputs = {"parity.json": sha256_of(folder / "parity.json"), "report.html": sha256_of(page)}
+    manifest = {**RUN, "stages": {"compare": {"outputs": outputs}}}
+    (folder / "manifest.json").write_text(json.dumps(manifest))
     for name, content in (("sensitivity.int8", sensitivity()), ("divergence", divergence())):
         path = folder / name.partition(".")[0] / f"{name}.json"
         path.parent.mkdir()
@@ -184,7 +187,7 @@ def bench_record() -> dict[str, Any]:
     }
 
 
-def write_work(folder: Path, provenance: Mapping[str, Any] = RUN, **verdicts: str) -> Path:
+def write_work(folder: Path, provenance: Mapping[str, Any], **verdicts: str) -> Path:
     """Write what a board left in the folder `work` of a bundle, as the device's programs name it; return the folder."""
     content = {
         "provenance": provenance,

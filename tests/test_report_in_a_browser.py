@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -35,7 +36,8 @@ def page(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The page of a run with its analyses and a device."""
     folder = tmp_path_factory.mktemp("report")
     (folder / "run").mkdir()
-    run, work = write_run(folder / "run"), write_work(folder / "orin-7" / "work")
+    run = write_run(folder / "run")
+    work = write_work(folder / "orin-7" / "work", json.loads((run / "manifest.json").read_text()))
     return report_run(run, [work], folder / "page.html").path
 
 

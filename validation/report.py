@@ -8,13 +8,14 @@ from typing import Any
 
 import jinja2
 import numpy as np
+from markupsafe import Markup
 
 from edgeattn.foundation import UserError, write_text
 from edgeattn.validation.metrics import METRICS
-from edgeattn.validation.records import Parity, Picture
+from edgeattn.validation.records import Parity
 from edgeattn.validation.report_charts import CurveChart, Scale, stairs
 from edgeattn.validation.report_page import Section, template_environment
-from edgeattn.validation.report_pictures import PICTURES, has_masks, palette, shown, write_pictures
+from edgeattn.validation.report_pictures import palette, pictures_section
 
 __all__ = ["palette", "render_report", "write_report"]
 
@@ -25,7 +26,7 @@ _COLOURS = "abcde"
 def write_report(
     parity: Parity, path: str | Path, *, manifest: Mapping[str, Any], sections: Sequence[Section] = ()
 ) -> Path:
-    """Write the report as one self-contained HTML file, atomically, and beside it what its pictures are drawn from.
+    """Write the report as one self-contained HTML file, atomically.
 
     Args:
         parity: what was measured.
@@ -39,14 +40,13 @@ def write_report(
     Raises:
         UserError: the folder cannot be written.
     """
-    page = render_report(parity.as_dict(), parity.pictures, manifest=manifest, sections=sections)
-    write_pictures(parity.pictures, Path(path).with_name(PICTURES))
-    return write_text(path, page)
+    pictures = pictures_section(parity.pictures, parity.classes)
+    return write_text(path, render_report(parity.as_dict(), pictures, manifest=manifest, sections=sections))
 
 
 def render_report(
     record: Mapping[str, Any],
-    pictures: Sequence[Picture],
+    pictures: Markup | None,
     *,
     manifest: Mapping[str, Any],
     sections: Sequence[Section] = (),
@@ -55,7 +55,7 @@ def render_report(
 
     Args:
         record: what was measured, as `Parity.as_dict` and `parity.json` have it.
-        pictures: the samples that are shown.
+        pictures: the part that shows samples, see `edgeattn.validation.report_pictures`; None where there is none.
         manifest: facts of the run by name.
         sections: what else the page shows.
 
@@ -72,8 +72,7 @@ def render_report(
                 sections=sections,
                 outputs=_output_names(record),
                 histograms=[(name, _histogram(record, name)) for name in _output_names(record)],
-                pictures=[shown(picture, record["classes"]) for picture in pictures],
-                legend=_legend(record["classes"], pictures),
+                pictures=pictures or "",
                 metric=METRICS[record["original"]["metric"]],
                 occurring=occurring,
                 absent=len(record["classes"]) - len(occurring),
@@ -86,11 +85,6 @@ def render_report(
         raise UserError(
             f"the comparison is not recorded as this release does it ({error}). Run `edgeattn export` again."
         ) from error
-
-
-def _legend(classes: Sequence[str], pictures: Sequence[Picture]) -> list[tuple[str, tuple[int, int, int]]]:
-    """Return the colours of masks; nothing where there are none."""
-    return list(zip(classes, palette(len(classes)), strict=True)) if any(map(has_masks, pictures)) else []
 
 
 def _output_names(record: Mapping[str, Any]) -> list[str]:

@@ -42,10 +42,9 @@ class Scale:
 
     def at(self, value: float) -> float:
         """Return the place of a number; what lies beyond the axis, or is NaN, goes to its nearer end."""
+        place = value
         if self.logarithmic:
             place = math.log10(value) if 0 < value < math.inf else -math.inf if value <= 0 else math.inf
-        else:
-            place = value
         place = min(max(place, self.low), self.high) if not math.isnan(place) else self.high
         return round(_EDGE + (100 - 2 * _EDGE) * (place - self.low) / (self.high - self.low), 2)
 
@@ -56,9 +55,10 @@ class Scale:
             step = max(1, math.ceil((self.high - self.low) / (_TICKS - 1)))
             exponents = range(int(self.low), int(self.high) + 1, step)
             return tuple((self.at(10.0**exponent), _power(exponent)) for exponent in exponents)
-        step = _round_step((self.high - self.low) / (_TICKS - 1))
-        count = int((self.high - self.low) / step + 1e-9)
-        return tuple((self.at(self.low + step * index), f"{self.low + step * index:g}") for index in range(count + 1))
+        width = _round_step((self.high - self.low) / (_TICKS - 1))
+        count = int((self.high - self.low) / width + 1e-9)
+        values = [self.low + width * index for index in range(count + 1)]
+        return tuple((self.at(value), f"{value:g}") for value in values)
 
 
 def _power(exponent: int) -> str:

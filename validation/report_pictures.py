@@ -1,24 +1,20 @@
-"""The pictures of a report: inputs, and labels before and after; kept beside the page to be drawn again."""
+"""The pictures of a report: inputs, and labels before and after the export."""
 
 from __future__ import annotations
 
 import base64
 import colorsys
 import io
-import json
-import zipfile
+import re
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
+from markupsafe import Markup
 from PIL import Image
 
-from edgeattn.foundation import UserError, atomic_path
 from edgeattn.validation.records import Picture
-
-PICTURES = "pictures.npz"
-"""Name of the file that keeps them."""
+from edgeattn.validation.report_page import template_environment
 
 PICTURE_SIDE = 192
 """Longest side of a picture in pixels; keeps six samples of a two-frame model with six forms under 2 MB."""
@@ -26,55 +22,33 @@ PICTURE_SIDE = 192
 _AGREES, _DIFFERS = (232, 232, 232), (214, 24, 31)
 _BACKGROUND = (38, 42, 51)
 
+# All that is shown in it is escaped or encoded, so the first end is its own.
+_SECTION = re.compile(r'<section id="pictures">.*?</section>', re.DOTALL)
 
-def write_pictures(pictures: Sequence[Picture], path: Path) -> Path:
-    """Keep images and labels in full, atomically, and return the path.
 
-    Raises:
-        UserError: the folder cannot be written.
+def pictures_section(pictures: Sequence[Picture], classes: Sequence[str]) -> Markup:
+    """Return the part of a page that shows samples.
+
+    Args:
+        pictures: the samples.
+        classes: class names by label.
     """
-    arrays: dict[str, np.ndarray] = {}
-    entries = []
-    for index, picture in enumerate(pictures):
-        entries.append(
-            {"images": len(picture.images), "forms": list(picture.forms), "target": picture.target is not None}
+    colours = palette(len(classes))
+    body = (
+        template_environment()
+        .get_template("pictures.html.j2")
+        .render(
+            pictures=[_shown(picture, classes, colours) for picture in pictures],
+            legend=list(zip(classes, colours, strict=True)) if any(map(_has_masks, pictures)) else [],
         )
-        arrays |= {f"{index}/image/{place}": image for place, image in enumerate(picture.images)}
-        arrays[f"{index}/original"] = _small(picture.original)
-        if picture.target is not None:
-            arrays[f"{index}/target"] = _small(picture.target)
-        arrays |= {f"{index}/form/{place}": _small(labels) for place, labels in enumerate(picture.forms.values())}
-    with atomic_path(path) as temporary:
-        np.savez_compressed(temporary, allow_pickle=False, index=np.array(json.dumps(entries)), **arrays)
-    return path
+    )
+    return Markup(body)
 
 
-def read_pictures(path: Path) -> tuple[Picture, ...]:
-    """Return the pictures that were kept; none where there is no such file.
-
-    Raises:
-        UserError: the file is damaged.
-    """
-    if not path.is_file():
-        return ()
-    try:
-        with np.load(path, allow_pickle=False) as arrays:
-            return tuple(
-                Picture(
-                    tuple(arrays[f"{index}/image/{place}"] for place in range(entry["images"])),
-                    arrays[f"{index}/target"] if entry["target"] else None,
-                    arrays[f"{index}/original"],
-                    {name: arrays[f"{index}/form/{place}"] for place, name in enumerate(entry["forms"])},
-                )
-                for index, entry in enumerate(json.loads(str(arrays["index"])))
-            )
-    except (OSError, ValueError, KeyError, TypeError, EOFError, zipfile.BadZipFile) as error:
-        raise UserError(f"{path} is damaged ({error}). Remove it, or run `edgeattn export` again.") from error
-
-
-def _small(labels: np.ndarray) -> np.ndarray:
-    """Return labels in the smallest type that holds them."""
-    return labels.astype(np.min_scalar_type(int(labels.max(initial=0))))
+def pictures_of_page(page: str) -> Markup | None:
+    """Return that part of a page that this release wrote; None where it has none."""
+    found = _SECTION.search(page)
+    return Markup(found[0]) if found else None
 
 
 def palette(classes: int) -> list[tuple[int, int, int]]:
@@ -86,16 +60,14 @@ def palette(classes: int) -> list[tuple[int, int, int]]:
     return [_BACKGROUND, *((round(255 * r), round(255 * g), round(255 * b)) for r, g, b in vivid)][:classes]
 
 
-def has_masks(picture: Picture) -> bool:
+def _has_masks(picture: Picture) -> bool:
     """Say whether a sample's labels are those of its pixels, not of the image as a whole."""
     return int(picture.original[0].size) > 1
 
 
-def shown(picture: Picture, classes: Sequence[str]) -> list[dict[str, Any]]:
+def _shown(picture: Picture, classes: Sequence[str], colours: list[tuple[int, int, int]]) -> list[dict[str, Any]]:
     """Return what the page shows of a sample: one panel for each labelled image of it."""
-    if has_masks(picture):
-        return list(_panels(picture, palette(len(classes))))
-    return [_caption(picture, classes)]
+    return list(_panels(picture, colours)) if _has_masks(picture) else [_caption(picture, classes)]
 
 
 def _caption(picture: Picture, classes: Sequence[str]) -> dict[str, Any]:

@@ -90,7 +90,7 @@ def _several(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return read
 
 
-_WANTED = {
+_WANTED: dict[Callable[[Any], Any], str] = {
     _text: "a text",
     _truth: "true or false",
     _count: "a whole number above 0",
@@ -267,7 +267,7 @@ def _table(kind: type[T], table: Any, place: str) -> T:
         raise UserError(f"{place} is {table!r}, not a table. {_HINT}")
     keys = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
     _refuse_unknown(table, tuple(keys), place)
-    values = {}
+    values: dict[str, Any] = {}
     for name, value in table.items():
         reader = keys[name].metadata["reader"]
         if (values.setdefault(name, reader(value))) is None:
@@ -294,7 +294,7 @@ def _refuse_unknown(table: Mapping[str, Any], known: tuple[str, ...], place: str
 
 def _absolute(checkpoint: Checkpoint, folder: Path) -> Checkpoint:
     """Take paths from the folder of the sweep's file, and refuse those that lead nowhere."""
-    paths: dict[str, str] = {}
+    paths: dict[str, Any] = {}
     for name in ("path", "images", "calibration"):
         given = getattr(checkpoint, name)
         if given is None or (name == "path" and given == BUNDLED):

@@ -75,8 +75,8 @@ def run_tasks(
         The results by the names of the tasks: every task has one.
 
     Raises:
-        UserError: Dask is not installed, the scheduler cannot be reached or has no workers, or one of its workers does
-            not see the folder.
+        UserError: Dask is not installed, the scheduler cannot be reached, has no workers or is lost on the way, or one
+            of its workers does not see the folder.
     """
     tally = _Tally(tasks, progress)
     results: dict[str, Result] = {}
@@ -94,7 +94,13 @@ def run_tasks(
         return results
     with _client(workers, len(rest)) as client:
         _require_folder(client, root)
-        _Run(client, root, call, results, tally).run(rest)
+        try:
+            _Run(client, root, call, results, tally).run(rest)
+        except OSError as error:
+            raise UserError(
+                f"the connection to the scheduler was lost ({error}). Give the same command again once it is back: "
+                "what is finished is not repeated."
+            ) from error
     return {task.name: results[task.name] for task in tasks}
 
 
@@ -281,7 +287,7 @@ def _client(workers: Workers, tasks: int) -> Iterator[Client]:
             threads_per_worker=1,
             processes=True,
             memory_limit=0,  # the network decides how much it takes, not its share of the machine
-            dashboard_address=None,
+            dashboard_address="127.0.0.1:0",
             silence_logs=logging.CRITICAL,
         ) as cluster,
         Client(cluster, set_as_default=False) as client,

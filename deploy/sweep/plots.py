@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import matplotlib
 from matplotlib.figure import Figure
@@ -78,7 +79,13 @@ def _draw(
     members: Sequence[tuple[Row, float]], front: Sequence[tuple[float, float, int]], vertical: str, horizontal: str
 ) -> str:
     ink = dict.fromkeys(("text.color", "axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color"), _INK)
-    settings = {**ink, "svg.fonttype": "none", "svg.hashsalt": "edgeattn", "font.size": 9, "font.family": "sans-serif"}
+    settings: dict[Any, Any] = {
+        **ink,
+        "svg.fonttype": "none",
+        "svg.hashsalt": "edgeattn",
+        "font.size": 9,
+        "font.family": "sans-serif",
+    }
     with matplotlib.rc_context(settings):
         figure = Figure(figsize=(4.8, 3.4), layout="constrained")
         figure.patch.set_alpha(0)

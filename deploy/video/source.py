@@ -11,7 +11,7 @@ import numpy as np
 
 from edgeattn.deploy.device.errors import DeviceError
 from edgeattn.deploy.device.pictures import VIDEOS, read_video
-from edgeattn.deploy.masks import _files, _read
+from edgeattn.deploy.masks import image_paths, read_at_own_size
 from edgeattn.foundation import UserError
 
 
@@ -47,7 +47,7 @@ class Video:
         self.path = path
         self._images: list[Path] | None = None
         if path.is_dir():
-            self._images = _files([path])
+            self._images = image_paths([path])
         elif not path.is_file():
             raise UserError(f"the video {path} does not exist. Give a video file, or a folder of frames.")
         elif path.suffix.lower() not in VIDEOS:
@@ -90,7 +90,7 @@ class Video:
     def _images_at(self, indices: Iterable[int]) -> Iterator[Frame]:
         for index in indices:
             path = (self._images or [])[index]
-            yield Frame(index, path.stem, _read(path))
+            yield Frame(index, path.stem, read_at_own_size(path))
 
     def _decoded(self) -> Iterator[np.ndarray]:
         try:

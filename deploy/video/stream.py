@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from edgeattn.deploy.evidence import BUNDLED, checkpoint_path
-from edgeattn.deploy.masks import OVERLAY, _write_mask, _write_overlay
+from edgeattn.deploy.masks import OVERLAY, write_mask, write_overlay
 from edgeattn.deploy.pipeline import Progress
 from edgeattn.deploy.video.comparison import compare_with_whole
 from edgeattn.deploy.video.graphs import COMBINATIONS, MEAN, Combination, video_graphs
@@ -191,9 +191,9 @@ class _Masks:
             features = known.get(frame.index)
             labels = self._labels(self._encoded(frame.pixels) if features is None else features, frame.pixels.shape[:2])
             files.append(self.output / f"{frame.name}.png")
-            _write_mask(files[-1], labels, self.colours)
+            write_mask(files[-1], labels, self.colours)
             if self.overlay:
-                _write_overlay(self.output / f"{frame.name}{OVERLAY}", frame.pixels, self.colours[labels])
+                write_overlay(self.output / f"{frame.name}{OVERLAY}", frame.pixels, self.colours[labels])
             move("frames", len(files), len(self.video))
         spent = time.perf_counter() - start
         self.seconds["read_and_write"] = spent - self.seconds["encode"] - self.seconds["attend"]

@@ -33,9 +33,13 @@ def run(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def work(tmp_path: Path) -> Path:
+def work(run: Path, tmp_path: Path) -> Path:
     """What a board left."""
-    return write_work(tmp_path / "orin-7" / "work")
+    return write_work(tmp_path / "orin-7" / "work", manifest_of(run))
+
+
+def manifest_of(run: Path) -> dict[str, Any]:
+    return json.loads((run / "manifest.json").read_text())
 
 
 def edit(path: Path, change: Callable[[dict[str, Any]], object]) -> None:
@@ -71,6 +75,8 @@ def test_page_holds_the_run_its_analyses_and_the_devices(run: Path, work: Path, 
     ):
         assert expected in page, expected
     assert "<script" not in page
+    assert "nothing here ran on TensorRT" not in page  # a device did
+    assert "nothing here ran on TensorRT" in report_run(run, [], tmp_path / "p.html").path.read_text(encoding="utf-8")
     assert done.failed == ("parity of fp16", "parity of broken int8")
     assert len(done.notes) == 1
     assert "judged on holiday" in done.notes[0]
@@ -95,14 +101,20 @@ def test_layouts_are_those_of_the_device_programs(tmp_path: Path) -> None:
 
 
 def test_a_failed_engine_is_said(run: Path, tmp_path: Path) -> None:
-    first, second = write_work(tmp_path / "a"), write_work(tmp_path / "b", verify="FAIL")
+    first = write_work(tmp_path / "a", manifest_of(run))
+    second = write_work(tmp_path / "b", manifest_of(run), verify="FAIL")
     done = report_run(run, [first, second], tmp_path / "page.html")
     assert done.failed[-1] == "fp16 on b: NVIDIA Jetson Orin NX"
+    passing = json.loads((run / "parity.json").read_text())
+    passing["forms"] = passing["forms"][:2]
+    (run / "parity.json").write_text(json.dumps(passing))
+    assert "parity PASS" in report_run(run, [first], tmp_path / "page.html").path.read_text(encoding="utf-8")
+    assert "parity FAIL" in report_run(run, [second], tmp_path / "page.html").path.read_text(encoding="utf-8")
     assert "label agreement 90.000% is below 99.500%" in done.path.read_text(encoding="utf-8")
 
 
 def test_results_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
-    other = write_work(tmp_path / "work", provenance={**RUN, "run": {"model": "another"}})
+    other = write_work(tmp_path / "work", provenance={**manifest_of(run), "run": {"model": "another"}})
     with pytest.raises(UserError, match=r"bench\.fp16\.json is a result of another run"):
         report_run(run, [other], tmp_path / "page.html")
     assert not (tmp_path / "page.html").exists()
@@ -118,19 +130,23 @@ def test_results_of_another_run_are_refused(run: Path, tmp_path: Path) -> None:
         (lambda record: record.update(mean_ms=True), "mean_ms is True"),
         (lambda record: record["power"].update(hottest_c=[61]), "power.hottest_c is no dict"),
         (lambda record: record.update(mean_ms=float("nan")), "NaN is no number"),
+        (lambda record: record.update(runs=10**400), "runs is 1000"),
+        (lambda record: record["power"].update(mean_w=1e301), "power.mean_w is 1e+301"),
         (lambda record: record.update(precision="int8"), "renamed"),
         (lambda record: record.pop("command"), "no result of a command"),
     ],
 )
-def test_a_damaged_record_is_named(work: Path, change: Callable[[dict[str, Any]], object], message: str) -> None:
+def test_a_damaged_record_is_named(
+    run: Path, work: Path, change: Callable[[dict[str, Any]], object], message: str
+) -> None:
     edit(work / "bench.fp16.json", change)
     with pytest.raises(UserError, match=r"bench\.fp16\.json") as caught:
-        read_results(work, provenance_digest(RUN))
+        read_results(work, provenance_digest(manifest_of(run)))
     assert message in str(caught.value)
 
 
-def test_other_files_are_named(work: Path, tmp_path: Path) -> None:
-    digest = provenance_digest(RUN)
+def test_other_files_are_named(run: Path, work: Path, tmp_path: Path) -> None:
+    digest = provenance_digest(manifest_of(run))
     (work / "verify.fp16.json").write_text('{"command": "verify", "ru')
     with pytest.raises(UserError, match=r"verify\.fp16\.json is damaged"):
         read_results(work, digest)
@@ -167,6 +183,15 @@ def test_runs_that_cannot_be_drawn_are_refused(run: Path, tmp_path: Path) -> Non
     with pytest.raises(UserError, match="does not exist"):
         report_run(tmp_path / "nowhere", [], output)
     assert not output.exists()
+
+
+def test_pictures_come_from_the_page_that_the_run_wrote(run: Path, tmp_path: Path) -> None:
+    page = report_run(run, [], tmp_path / "page.html").path.read_text(encoding="utf-8")
+    assert page.count("data:image/png") == (run / "report.html").read_text(encoding="utf-8").count("data:image/png") > 0
+    (run / "report.html").write_text('<section id="pictures"><script></script></section>\n')
+    done = report_run(run, [], tmp_path / "page.html")
+    assert "data:image/png" not in done.path.read_text(encoding="utf-8")
+    assert "report.html is not the page that the run wrote" in done.notes[-1]
 
 
 def test_ranges_come_from_the_given_images(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

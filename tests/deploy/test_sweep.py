@@ -145,7 +145,7 @@ def test_a_failure_stops_only_what_needs_it_and_is_tried_again(root: Path) -> No
 @pytest.fixture
 def scheduler(root: Path) -> Iterator[str]:
     """Yield the address of a scheduler with two workers: one anywhere, one on a "board"."""
-    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
+    with LocalCluster(n_workers=1, threads_per_worker=1, processes=True, dashboard_address="127.0.0.1:0") as cluster:
         address = cluster.scheduler_address
         options = ["--nthreads", "1", "--no-nanny", "--no-dashboard", "--resources", "board=1", "--death-timeout", "60"]
         command = [sys.executable, "-m", "dask", "worker", address, *options]
@@ -297,7 +297,7 @@ def test_files_count_by_their_content(tmp_path: Path) -> None:
     copied = make_plan(read_sweep(declare(tmp_path, text)))
     assert [task.key for task in copied.tasks] == [task.key for task in bundled.tasks]
     assert copied.tasks[0].settings["path"] == str(tmp_path / "copy.safetensors")
-    (tmp_path / "copy.safetensors").write_bytes(weights.read_bytes()[:-1] + b"?")
+    (tmp_path / "copy.safetensors").write_bytes(weights.read_bytes()[:-1] + b"\0")
     changed = make_plan(read_sweep(declare(tmp_path, text)))
     assert not {task.key for task in changed.tasks} & {task.key for task in bundled.tasks}
 

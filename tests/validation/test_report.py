@@ -21,7 +21,7 @@ from edgeattn.validation.report import palette, render_report, write_report
 from edgeattn.validation.report_charts import Scale, spread
 from edgeattn.validation.report_divergence import divergence_section
 from edgeattn.validation.report_page import decimal, points
-from edgeattn.validation.report_pictures import PICTURES, read_pictures
+from edgeattn.validation.report_pictures import pictures_of_page
 from edgeattn.validation.report_ranges import LARGEST, measure_spans, ranges_section
 from edgeattn.validation.report_sensitivity import sensitivity_section
 
@@ -44,7 +44,7 @@ def parity():
 @pytest.fixture(scope="module")
 def page(parity, tmp_path_factory):
     path = write_report(parity, tmp_path_factory.mktemp("run") / "report.html", manifest=MANIFEST)
-    assert {item.name for item in path.parent.iterdir()} == {"report.html", PICTURES}
+    assert [item.name for item in path.parent.iterdir()] == ["report.html"]
     return path.read_text(encoding="utf-8")
 
 
@@ -167,37 +167,30 @@ def test_palette_has_distinct_colours():
     assert palette(1) == palette(21)[:1]
 
 
-def test_a_recorded_page_is_the_page(parity, page, tmp_path):
-    """Drawn from `parity.json` and the kept pictures, a page is byte for byte the one that was written first."""
-    write_report(parity, tmp_path / "report.html", manifest=MANIFEST)
+def test_a_recorded_page_is_the_page(parity, page):
+    """Drawn from `parity.json` and its own pictures, a page is byte for byte the one that was written first."""
     record = json.loads(json.dumps(parity.as_dict()))
-    assert render_report(record, read_pictures(tmp_path / PICTURES), manifest=MANIFEST) == page
+    assert render_report(record, pictures_of_page(page), manifest=MANIFEST) == page
 
 
-def test_pictures_of_whole_images_come_back(tmp_path, parity):
+def test_a_page_of_whole_images_too(tmp_path, parity):
     label = np.ones((1, 1, 1), np.int64)
     picture = Picture((RNG.integers(0, 256, (8, 8, 3), np.uint8),), None, label, {"fp32": 0 * label})
     path = write_report(dataclasses.replace(parity, pictures=(picture,)), tmp_path / "report.html", manifest={})
-    (found,) = read_pictures(tmp_path / PICTURES)
-    assert found.target is None
-    assert found.forms["fp32"].item() == 0
-    again = render_report(parity.as_dict(), (found,), manifest={})
-    assert "original: cat &amp; &lt;dog&gt;" in again
-    assert again == path.read_text(encoding="utf-8")
+    page = path.read_text(encoding="utf-8")
+    assert "original: cat &amp; &lt;dog&gt;" in page
+    assert render_report(parity.as_dict(), pictures_of_page(page), manifest={}) == page
 
 
-def test_damaged_pictures_and_records_of_other_releases_are_named(tmp_path, parity):
-    (tmp_path / PICTURES).write_bytes(b"PK\x03\x04 no archive")
-    with pytest.raises(UserError, match=r"pictures\.npz is damaged"):
-        read_pictures(tmp_path / PICTURES)
-    assert read_pictures(tmp_path / "nothing.npz") == ()
+def test_records_of_other_releases_are_refused(parity):
+    assert pictures_of_page("<h2>Pictures</h2>") is None
     older = parity.as_dict()
     older["original"] = {"mean_iou": 0.8, "class_iou": []}
     with pytest.raises(UserError, match="not recorded as this release does it"):
-        render_report(older, (), manifest={})
+        render_report(older, None, manifest={})
     del (shorter := parity.as_dict())["forms"][0]["facts"]["nodes"]
     with pytest.raises(UserError, match="nodes"):
-        render_report(shorter, (), manifest={})
+        render_report(shorter, None, manifest={})
 
 
 def test_axes_hold_their_numbers():
