@@ -49,9 +49,6 @@ model = "ccnet-digits"
 name = "jetpack-6.2-orin-nano-8"
 [[target]]
 name = "jetpack-7.1-thor-t4000"
-[options]
-samples = 24
-golden = 2
 """
 KILL_AFTER = 6
 """Judged forms, of 12, after which a worker is killed."""

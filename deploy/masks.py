@@ -88,7 +88,8 @@ def write_masks(
     with opened.runner:
         for index, path in enumerate(files):
             image = read_at_own_size(path)
-            labels = network.labels(image, [read_at_own_size(other) for other in _partners(files, index, len(base.inputs))])
+            others = [read_at_own_size(other) for other in _partners(files, index, len(base.inputs))]
+            labels = network.labels(image, others)
             write_mask(output / f"{path.stem}.png", labels, colours)
             write_overlay(output / f"{path.stem}{OVERLAY}", image, colours[labels])
             written.append(output / f"{path.stem}.png")

@@ -107,6 +107,7 @@ def _finished(run: Path) -> tuple[Mapping[str, Any], Mapping[str, Any]]:
     known = manifest.get("format") == FORMAT and {"evaluation", "model", "size"} <= set(manifest.get("run", ()))
     if not known or "compare" not in manifest.get("stages", ()):
         raise UserError(f"the run {run} is not finished, or of another release. {_AGAIN}")
+    render_report(parity, None, manifest={})  # a comparison of another release is refused before any work
     return manifest, parity
 
 

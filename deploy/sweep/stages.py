@@ -94,7 +94,7 @@ def support(job: Job) -> dict[str, Any]:
 
 def estimate_form(job: Job) -> dict[str, Any]:
     """Estimate time and memory of the form on the target; nothing is measured."""
-    found = estimate(_form(job), TARGETS.get(job.settings["target"]))
+    found = estimate(_form(job), TARGETS.get(job.settings["target"]), gains=False)
     write_text(job.folder / "estimate.json", json.dumps(found.as_dict(), indent=1) + "\n")
     return {
         "seconds": {"low": found.seconds.low, "typical": found.seconds.typical, "high": found.seconds.high},

@@ -74,7 +74,7 @@ class Result:
         digest: SHA-256 of that folder.
         needed: digests of the folders of the tasks it needed, by stage.
         seconds: how long it took.
-        cpu_seconds: processor time that the worker's process spent meanwhile.
+        cpu_seconds: processor time that the worker's process and those it started spent meanwhile.
         process: id of the worker's process.
         machine: name of the machine.
     """
@@ -171,7 +171,7 @@ def execute(task: Task, root: Path, call: str, needed: Sequence[Result]) -> Resu
     if known is not None and known.status == DONE:  # its files were changed, or what it had read
         path.unlink()
         shutil.rmtree(folder, ignore_errors=True)
-    start, cpu = time.monotonic(), time.process_time()
+    start, before = time.monotonic(), os.times()
     outcome: dict[str, Any]
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -190,7 +190,7 @@ def execute(task: Task, root: Path, call: str, needed: Sequence[Result]) -> Resu
         folder=folder.relative_to(root).as_posix(),
         needed=_digests(needed),
         seconds=time.monotonic() - start,
-        cpu_seconds=time.process_time() - cpu,
+        cpu_seconds=sum(os.times()[:4]) - sum(before[:4]),
         process=os.getpid(),
         machine=platform.node(),
         **outcome,

@@ -45,7 +45,7 @@ def cost_of(model: onnx.ModelProto, target: str) -> Cost:
     Raises:
         UserError: the target's figures are unknown.
     """
-    found = estimate(model, TARGETS.get(target))
+    found = estimate(model, TARGETS.get(target), gains=False)
     convolutions = {node.name for node in model.graph.node if node.op_type == "Conv"}
     layers = [layer for layer in found.layers if not convolutions.isdisjoint(layer.nodes)]
     return Cost(

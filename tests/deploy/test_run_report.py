@@ -174,6 +174,9 @@ def test_runs_that_cannot_be_drawn_are_refused(run: Path, tmp_path: Path) -> Non
     )
     with pytest.raises(UserError, match=r"sensitivity\.int8\.json is damaged"):
         report_run(run, [], output)
+    edit(run / "parity.json", lambda record: record["original"].pop("metric"))
+    with pytest.raises(UserError, match="not recorded as this release does it"):
+        report_run(run, [], output)
     edit(run / "manifest.json", lambda record: record["stages"].clear())
     with pytest.raises(UserError, match="is not finished"):
         report_run(run, [], output)

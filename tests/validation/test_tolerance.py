@@ -30,6 +30,15 @@ ARITHMETIC = st.builds(
 )
 
 
+def test_derivations_speak_of_the_models_own_task() -> None:
+    arithmetic = Arithmetic(12, 576, 9)
+    for precision in ("fp16", "bf16", "int8"):
+        words = tolerance(precision, arithmetic, peak=1.0, rms=1.0, metric="top-1").derivation
+        assert "mIoU" not in words
+        assert "pixel" not in words
+        assert ("original's top-1" in words) == (precision == "int8")
+
+
 @given(ARITHMETIC, st.floats(1e-3, 1e5), st.floats(1e-3, 1e5))
 def test_never_wider_than_the_bars(arithmetic, peak, rms):
     assert 0 < tolerance("fp32", arithmetic, peak=peak, rms=rms).relative_l2 <= 1e-5
