@@ -154,8 +154,8 @@ class PointwiseSpatialAttention(nn.Module):
         elif aligned and _known(height, width) and not self._divides(height - 1, width - 1):
             raise UserError(
                 f"point-wise spatial attention shrinks by {factor}: height - 1 and width - 1 have to be multiples of "
-                f"{factor}, but the map is {height}x{width}. At an output stride of 8, give images of {8 * factor} n + 1 "
-                "pixels per side."
+                f"{factor}, but the map is {height}x{width}. At an output stride of 8, give images of {8 * factor} n "
+                "+ 1 pixels per side."
             )
         extra = 1 if aligned else 0
         size = ((height - extra) // factor + extra, (width - extra) // factor + extra)

@@ -389,12 +389,12 @@ class StackedShowAttendTell(nn.Module):
         """
         keys = self.keys(features)
         h, c = self.initial_state(features)
-        word = torch.zeros_like(self.Wemb[:1]).expand(features.shape[0], -1)
+        word = torch.zeros_like(self.get_parameter("Wemb")[:1]).expand(features.shape[0], -1)
         tokens, scores, maps = [], [], []
         for _ in range(self.steps):
             logits, h, c, alpha = self.step(features, keys, word, h, c)
             token = logits.argmax(dim=1)
-            word = F.embedding(token, self.Wemb)
+            word = F.embedding(token, self.get_parameter("Wemb"))
             tokens.append(token)
             scores.append(logits)
             maps.append(alpha)
@@ -448,7 +448,7 @@ class StackedShowAttendTell(nn.Module):
         size = self.dim
         projected = self._linear("from_state", h)
         compared = (keys + projected[:, : self.ctx_dim].unsqueeze(1)).tanh()
-        energy = torch.matmul(compared, self.decoder_U_att).squeeze(2)
+        energy = torch.matmul(compared, self.get_parameter("decoder_U_att")).squeeze(2)
         z, alpha = _seen(features, energy, self.locate if self.hard else None)
         if self.selector:
             z = projected[:, -1:].sigmoid() * z
@@ -497,34 +497,40 @@ class StackedShowAttendTell(nn.Module):
     def _initial(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight and bias of h and c in front of the first word."""
         factor = 1.0 if self.layers_init == 1 else self.kept
-        weight = torch.cat([self.ff_state_W, self.ff_memory_W], dim=1).t() * factor
-        return weight, torch.cat([self.ff_state_b, self.ff_memory_b])
+        weight = torch.cat([self.get_parameter("ff_state_W"), self.get_parameter("ff_memory_W")], dim=1).t() * factor
+        return weight, torch.cat([self.get_parameter("ff_state_b"), self.get_parameter("ff_memory_b")])
 
     def _kept_gates(self) -> torch.Tensor:
         """Return what the dropout of the gates leaves of each (4 dim, 1); g has none."""
-        kept = torch.ones_like(self.decoder_b)
+        kept = torch.ones_like(self.get_parameter("decoder_b"))
         kept[: 3 * self.dim] = self.gates_kept
         return kept[:, None]
 
     def _from_state(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight and bias of all that the state is multiplied with: attention, LSTM, gate."""
-        parts = [self.decoder_Wd_att.t(), self.decoder_U.t() * self._kept_gates()]
+        parts = [self.get_parameter("decoder_Wd_att").t(), self.get_parameter("decoder_U").t() * self._kept_gates()]
         zeros = parts[0].new_zeros(self.ctx_dim + 4 * self.dim)
         if not self.selector:
             return torch.cat(parts), zeros
-        return torch.cat([*parts, self.decoder_W_sel.t()]), torch.cat([zeros, self.decoder_b_sel[None]])
+        return torch.cat([*parts, self.get_parameter("decoder_W_sel").t()]), torch.cat(
+            [zeros, self.get_parameter("decoder_b_sel")[None]]
+        )
 
     def _from_input(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight and bias of the LSTM's input, word and z."""
         kept = self._kept_gates()
-        return torch.cat([self.decoder_W, self.decoder_Wc]).t() * kept, self.decoder_b * kept[:, 0]
+        return torch.cat(
+            [self.get_parameter("decoder_W"), self.get_parameter("decoder_Wc")]
+        ).t() * kept, self.get_parameter("decoder_b") * kept[:, 0]
 
     def _deep(self) -> tuple[torch.Tensor, torch.Tensor]:
         """Return weight and bias of the deep output, without the word."""
         weight, bias = self._affine("ff_logit_lstm_W", "ff_logit_lstm_b", self.kept)
         if not self.ctx2out:
             return weight, bias
-        return torch.cat([weight, self.ff_logit_ctx_W.t()], dim=1), bias + self.ff_logit_ctx_b
+        return torch.cat([weight, self.get_parameter("ff_logit_ctx_W").t()], dim=1), bias + self.get_parameter(
+            "ff_logit_ctx_b"
+        )
 
     def prepare_for_export(self) -> StackedShowAttendTell:
         """Return a copy with one matrix per input, without dropout's factors and the bias that cancels."""

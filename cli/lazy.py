@@ -64,7 +64,7 @@ def _summary(place: str) -> str:
         if isinstance(node, ast.FunctionDef) and node.name == attribute:
             return ast.get_docstring(node) or ""
         if isinstance(node, ast.Assign) and isinstance(node.value, ast.Call) and _names(node.targets, attribute):
-            return next(ast.literal_eval(given.value) for given in node.value.keywords if given.arg == "help")
+            return next(str(ast.literal_eval(given.value)) for given in node.value.keywords if given.arg == "help")
     raise AttributeError(f"{module} declares no {attribute}")
 
 

@@ -26,7 +26,7 @@ def test_edgeattn_commands(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> N
     assert len(commands) >= 4
     for command in commands:
         arguments = shlex.split(command)
-        few = ["--samples", "6"] if arguments[1] in ("export", "compare", "sensitivity", "tune") else []
+        few = ["--samples", "6"] if arguments[1] in ("export", "compare") else []
         monkeypatch.setattr(sys, "argv", arguments + few)
         with pytest.raises(SystemExit) as exit_:
             main()

@@ -118,7 +118,7 @@ def plugin_library(workspace: Workspace, tell: Tell) -> Path:
         if done is None:
             raise DeviceError("cmake is missing or did not end. Install it with `sudo apt install cmake g++`.")
         if done.status:
-            last = "\n".join(done.output.splitlines()[-12:])
+            last = "\n".join([line for line in done.output.splitlines() if line.strip()][-12:])
             raise DeviceError(f"the plugin library does not compile; the command was {' '.join(command)}\n{last}")
     made = folder / LIBRARY
     if not made.is_file():

@@ -210,7 +210,7 @@ def _require_references(content: Mapping[str, Any], members: set[str]) -> None:
             for given in entry["tolerance"].get("outputs", ()):
                 complete = complete and {"output", "relative_l2", "max_abs"} <= given.keys()
             for norms in entry.get("allowed_error", {}).values():
-                complete = complete and len(norms) == len(content["golden"]["samples"])
+                complete = complete and len([norm + 0.0 for norm in norms]) == len(content["golden"]["samples"])
         for part, keys in _PARTS.items():
             complete = complete and keys <= content[part].keys()
         plugins_fit = content["plugins"] is not None or not any(

@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import numpy as np
 
@@ -113,7 +113,7 @@ def read_video(path: Path) -> Iterator[np.ndarray]:
             raise DeviceError(f"ffmpeg cannot read {path}: {complaint[0] or f'status {status}'}. Check the file.")
 
 
-def _next_ppm(stream: BinaryIO) -> np.ndarray | None:
+def _next_ppm(stream: IO[bytes]) -> np.ndarray | None:
     """Return the next image of a pipe; None at its end."""
     header = [stream.readline() for _ in range(3)]
     if not header[0]:

@@ -276,8 +276,11 @@ def _client(workers: Workers, tasks: int) -> Iterator[Client]:
     settings = {
         # A worker that dies closes its connection; one that computes for minutes without a word is alive.
         "distributed.scheduler.worker-ttl": None,
-        # Measured durations decide nothing here, and work that is stolen starts cold.
         "distributed.comm.timeouts.connect": "60s",
+        # Nobody looks at profiles of the workers, and taking them costs processor time as long as a task runs.
+        "distributed.worker.profile.enabled": False,
+        "distributed.admin.tick.interval": "500ms",
+        "distributed.admin.system-monitor.interval": "5s",
         "distributed.nanny.pre-spawn-environ": _THREADS,
     }
     with (

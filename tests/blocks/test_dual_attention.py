@@ -8,6 +8,7 @@ import torch
 from edgeattn.blocks import BLOCKS
 from edgeattn.blocks.dual_attention import CAM, PAM, DANetHead
 from edgeattn.models.checkpoint import load_checkpoint
+from edgeattn.validation.originals import dual_attention as originals
 from edgeattn.validation.randomise import randomise
 
 
@@ -22,6 +23,16 @@ def test_channels_attend_to_those_least_like_them() -> None:
     opposite = torch.tensor(10.0).exp()  # energies are 5 and -5
     assert attended[0] == pytest.approx(float((2 + 2 - 2 * opposite) / (2 + opposite)))
     assert attended[2] == pytest.approx(float((opposite * 4 - 2) / (2 * opposite + 1)))
+
+
+def test_channel_attention_is_nearer_to_fp64_than_the_official_form() -> None:
+    block = randomise(CAM(16), seed=3)
+    original = originals.CAM(16)
+    original.load_state_dict(block.state_dict())
+    x = torch.randn(6, 16, 96, 96, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        actual, official, exact = block(x), original(x), original.double()(x.double())
+    assert (actual - exact).norm() < 0.5 * (official - exact).norm()
 
 
 def test_energies_between_channels_may_exceed_the_range_of_exp() -> None:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
+import onnx
 import pytest
 import torch
 from torch import nn
 
 from edgeattn.blocks.san import PairwiseAttention, PatchwiseAttention, SanBottleneck
+from edgeattn.export.to_onnx import to_onnx
 from edgeattn.foundation import UserError
 from edgeattn.validation.randomise import randomise
 
@@ -93,3 +96,21 @@ def test_maps_that_cannot_be_reflected_are_refused(height: int, width: int, axis
 def test_bad_arguments_are_refused(build: Callable[[], nn.Module], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         build()
+
+
+@pytest.mark.parametrize("form", [PairwiseAttention, PatchwiseAttention])
+def test_a_window_costs_few_nodes_and_no_convolution_of_its_own(form: type[PairwiseAttention]) -> None:
+    module = randomise(form(8, 2, 8, share_planes=4, kernel_size=7))
+    model = to_onnx(module, (torch.zeros(1, 8, 9, 9),), input_names=["x"], output_names=["y"])
+    assert len(model.graph.node) <= 100
+    projections = 6 if form is PairwiseAttention else 5  # positions are a constant, projected once
+    assert sum(node.op_type == "Conv" for node in model.graph.node) <= projections
+
+
+@pytest.mark.parametrize("form", [PairwiseAttention, PatchwiseAttention])
+def test_the_values_are_never_stacked_whole(form: type[PairwiseAttention]) -> None:
+    module = randomise(form(8, 2, 64, share_planes=8, kernel_size=7))
+    model = to_onnx(module, (torch.zeros(1, 8, 20, 20),), input_names=["x"], output_names=["y"])
+    shaped = onnx.shape_inference.infer_shapes(model, strict_mode=True, data_prop=True)
+    sizes = [math.prod(dim.dim_value for dim in value.type.tensor_type.shape.dim) for value in shaped.graph.value_info]
+    assert max(sizes) == 64 * 7 * 26 * 20  # one row of taps per column, not 64 * 49 * 20 * 20

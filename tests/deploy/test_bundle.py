@@ -383,6 +383,9 @@ def _edits(members: dict[str, bytes]) -> Iterator[bytes]:
         lambda content: content.update(timing_cache="timing.cache"),
         lambda content: content.update(precisions={}),
         lambda content: content["precisions"]["fp32"].pop("tolerance"),
+        lambda content: content["precisions"]["fp32"]["tolerance"].update(outputs=[{"output": "logits"}]),
+        lambda content: content["precisions"]["fp32"].update(allowed_error={"logits": [1.0]}),
+        lambda content: content["precisions"]["fp32"].update(allowed_error={"logits": ["1", "1"]}),
     ]
     yield from (resealed(members, change) for change in edits)
 

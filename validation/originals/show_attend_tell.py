@@ -170,16 +170,16 @@ class StackedShowAttendTell(nn.Module):
         for k in range(1, self.n_layers_init):
             average = self._dropout(F.relu(self._ff(average, f"ff_init_{k}")))
         h, c = torch.tanh(self._ff(average, "ff_state")), torch.tanh(self._ff(average, "ff_memory"))
-        keys = features @ self.decoder_Wc_att + self.decoder_b_att
+        keys = features @ self.get_parameter("decoder_Wc_att") + self.get_parameter("decoder_b_att")
         for k in range(1, self.n_layers_att):
             weight, bias = self.get_parameter(f"decoder_W_att_{k}"), self.get_parameter(f"decoder_b_att_{k}")
             keys = torch.tanh(keys @ weight + bias)
-        embedded = features.new_zeros(features.shape[0], self.Wemb.shape[1])
+        embedded = features.new_zeros(features.shape[0], self.get_parameter("Wemb").shape[1])
         words, predictions, weights = [], [], []
         for _ in range(self.steps):
             scores, h, c, alpha = self.step(features, keys, embedded, h, c)
             word = torch.argmax(scores, dim=1)
-            embedded = self.Wemb[word]
+            embedded = self.get_parameter("Wemb")[word]
             words.append(word)
             predictions.append(scores)
             weights.append(alpha)
@@ -189,13 +189,21 @@ class StackedShowAttendTell(nn.Module):
         self, features: torch.Tensor, keys: torch.Tensor, word: torch.Tensor, h: torch.Tensor, c: torch.Tensor
     ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor, torch.Tensor]:
         """Return logits (B, V), h, c (B, D) and alpha (B, N)."""
-        hidden = torch.tanh(keys + (h @ self.decoder_Wd_att)[:, None, :])
-        alpha = F.softmax((hidden @ self.decoder_U_att + self.decoder_c_tt)[:, :, 0], dim=1)
+        hidden = torch.tanh(keys + (h @ self.get_parameter("decoder_Wd_att"))[:, None, :])
+        alpha = F.softmax(
+            (hidden @ self.get_parameter("decoder_U_att") + self.get_parameter("decoder_c_tt"))[:, :, 0], dim=1
+        )
         weight = F.one_hot(alpha.argmax(dim=1), alpha.shape[1]).to(alpha) if self.hard else alpha
         context = (features * weight[:, :, None]).sum(dim=1)
         if self.selector:
-            context = torch.sigmoid(h @ self.decoder_W_sel + self.decoder_b_sel) * context
-        preact = h @ self.decoder_U + (word @ self.decoder_W + self.decoder_b) + context @ self.decoder_Wc
+            context = (
+                torch.sigmoid(h @ self.get_parameter("decoder_W_sel") + self.get_parameter("decoder_b_sel")) * context
+            )
+        preact = (
+            h @ self.get_parameter("decoder_U")
+            + (word @ self.get_parameter("decoder_W") + self.get_parameter("decoder_b"))
+            + context @ self.get_parameter("decoder_Wc")
+        )
         i, f, o, g = preact.split(self.dim, dim=1)
         if self.use_dropout_lstm:
             i, f, o = i * 0.5, f * 0.5, o * 0.5
