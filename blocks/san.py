@@ -12,7 +12,7 @@ with positions outside the image reflected at its border.
 A window is stacked by slices, first of columns, then of the rows of that stack: 2 k slices for k * k taps, which no
 INT8 form can mistake for a convolution. The relation is stacked whole, so that `conv_w` and the softmax are one node
 each whatever the window; the values, which have more channels, one row of taps at a time: a whole stack is k times
-their columns. Per layer with a 7x7 window: 86 nodes, and no tensor above the relation's on large maps.
+their columns. Per layer with a 7x7 window: 80 nodes at most, and no tensor above the relation's on large maps.
 """
 
 from __future__ import annotations
