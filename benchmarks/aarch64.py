@@ -315,7 +315,7 @@ def make_root(emulation: Emulation) -> dict[str, Any]:
         merged = "--hook-dir=/usr/share/mmdebstrap/hooks/merged-usr"
         options = ["--variant=extract", "--architectures=arm64", merged, f"--include={PACKAGES}"]
         run(["mmdebstrap", *options, found[1], root, found[0]])
-        for name in ("proc", "sys", "opt/board", "src", "work", "usr/local/cuda/include"):
+        for name in ("proc", "sys", "opt/board", "src", "device", "usr/local/cuda/include"):
             (root / name).mkdir(parents=True, exist_ok=True)
         (root / "etc/nv_tegra_release").symlink_to("/opt/board/etc/nv_tegra_release")
         install_wheels(root / "opt/site", WHEELS)
@@ -382,7 +382,7 @@ def make_bundle(emulation: Emulation) -> dict[str, Any]:
         run(["openssl", "pkey", "-in", folder / "maker.pem", "-pubout", "-out", folder / "maker.pub"])
     bundle = folder / "ccnet.tar"
     run([tool, "bundle", folder / "run", "--target", TARGET, "--sign", folder / "maker.pem", "-o", bundle])
-    work = emulation.root / "work"
+    work = emulation.root / "device"
     shutil.rmtree(work)
     shutil.rmtree(folder / "ccnet", ignore_errors=True)
     work.mkdir()
@@ -405,7 +405,7 @@ def make_bundle(emulation: Emulation) -> dict[str, Any]:
 
 def device(emulation: Emulation, command: str, **options: Any) -> list[str]:
     """Return a command of the bundle's own programs, run in the root."""
-    return emulation.python("-m", "edgeattn_device", *command.split(), **{"at": "/work/ccnet", **options})
+    return emulation.python("-m", "edgeattn_device", *command.split(), **{"at": "/device/ccnet", **options})
 
 
 def on_host(emulation: Emulation, command: str) -> str:
@@ -415,11 +415,11 @@ def on_host(emulation: Emulation, command: str) -> str:
 
 def unpack(emulation: Emulation) -> dict[str, Any]:
     """Check the signature and unpack, in the root and, for comparison, on this machine."""
-    options = {"at": "/work", "PYTHONPATH": "/work/package"}
+    options = {"at": "/device", "PYTHONPATH": "/device/package"}
     run(device(emulation, "unpack ccnet.tar --public-key maker.pub -o ccnet", **options), words="all as bundled")
     run(device(emulation, "check"), words="all as bundled")
     folder = emulation.folder / "host"
-    environment = {**os.environ, "PYTHONPATH": str(emulation.root / "work/package")}
+    environment = {**os.environ, "PYTHONPATH": str(emulation.root / "device/package")}
     command = [sys.executable, "-m", "edgeattn_device", "unpack", "ccnet.tar", "-o", "ccnet"]
     run(command, cwd=folder, env=environment)
     return {"signature": "checked with the root's openssl"}
@@ -427,14 +427,14 @@ def unpack(emulation: Emulation) -> dict[str, Any]:
 
 def refuse(emulation: Emulation) -> dict[str, Any]:
     """Offer hostile bundles: each is refused with a reason, and nothing is written."""
-    work = emulation.root / "work"
+    work = emulation.root / "device"
     reasons = {}
     for name, data, options in hostile((work / "ccnet.tar").read_bytes()):
         (work / "bad.tar").write_bytes(data)
         shutil.copy(work / "ccnet.tar.sig", work / "bad.tar.sig")
         before = sorted(work.rglob("*"))
         command = f"unpack bad.tar {options} -o bad"
-        said = run(device(emulation, command, at="/work", PYTHONPATH="/work/package"), status=2, words="error: ")
+        said = run(device(emulation, command, at="/device", PYTHONPATH="/device/package"), status=2, words="error: ")
         if sorted(work.rglob("*")) != before:
             raise FailedError(f"{name}: something was written")
         reasons[name] = said.strip().splitlines()[-1]
@@ -474,7 +474,7 @@ def findings(emulation: Emulation) -> dict[str, Any]:
 
 def written(emulation: Emulation, name: str) -> dict[str, Any]:
     """Return what a command wrote in the root."""
-    record: dict[str, Any] = json.loads((emulation.root / f"work/ccnet/work/{name}.json").read_text())
+    record: dict[str, Any] = json.loads((emulation.root / f"device/ccnet/work/{name}.json").read_text())
     return record
 
 
@@ -514,11 +514,11 @@ def bench(emulation: Emulation) -> dict[str, Any]:
 def masks(emulation: Emulation) -> dict[str, Any]:
     """Label an image in the root and on this machine, and compare."""
     options = "run --engine onnxruntime --precision fp16"
-    run(device(emulation, f"{options} -o /work/masks /work/image.ppm"), words="PASS")
+    run(device(emulation, f"{options} -o /device/masks /device/image.ppm"), words="PASS")
     on_host(emulation, f"{options} -o ../masks ../image.ppm")
-    names = emulation.root / "work/masks/image.pgm", emulation.folder / "host/masks/image.pgm"
+    names = emulation.root / "device/masks/image.pgm", emulation.folder / "host/masks/image.pgm"
     here, there = (np.frombuffer(path.read_bytes().split(b"\n", 3)[3], np.uint8) for path in names)
-    manifest = json.loads((emulation.root / "work/ccnet/manifest.json").read_text())
+    manifest = json.loads((emulation.root / "device/ccnet/manifest.json").read_text())
     limit = manifest["precisions"]["fp16"]["tolerance"]["label_agreement"]
     agreement = float((here == there).mean())
     if here.size == 0 or agreement < limit:
@@ -537,8 +537,8 @@ def device_tests(emulation: Emulation) -> dict[str, Any]:
             except FailedError:
                 shutil.rmtree(folder, ignore_errors=True)
                 absent.append(version)
-    report = emulation.root / "work/device.xml"
-    options = ("-q", "-p", "no:cacheprovider", "--junitxml=/work/device.xml")
+    report = emulation.root / "device/device.xml"
+    options = ("-q", "-p", "no:cacheprovider", "--junitxml=/device/device.xml")
     path = {"PYTHONPATH": "/opt/site:/src/typings"}
     run(emulation.python("-m", "pytest", "tests/deploy/test_device.py", *options, at="/src", source=True, **path))
     return {**counts(report), "tensorrt_bindings_without_a_wheel_for_aarch64": absent}
@@ -565,7 +565,7 @@ def cross_compiled(emulation: Emulation, headers: Path | None, *, plugins: bool)
     """Compile a library on this machine for aarch64, all warnings errors, and load it in the root's Python."""
     settings = [f"-DTensorRT_ROOT={require_headers(headers)}"] if plugins else ["-DEDGEATTN_TENSORRT=OFF"]
     sources, name = emulation.folder / "host/ccnet/plugins", "plugins" if plugins else "kernels"
-    build = emulation.root / f"work/cross-{name}"
+    build = emulation.root / f"device/cross-{name}"
     system = ["-DCMAKE_SYSTEM_NAME=Linux", "-DCMAKE_SYSTEM_PROCESSOR=aarch64"]
     compilers = [f"-DCMAKE_CXX_COMPILER={CROSS}g++", f"-DCMAKE_ASM_COMPILER={CROSS}gcc"]
     paths = [f"-DEDGEATTN_KERNELS={sources / 'kernels'}", f"-DCUDA_INCLUDE_DIR={cuda_headers()}"]
@@ -580,7 +580,7 @@ def compiled_inside(emulation: Emulation, headers: Path | None) -> dict[str, Any
     shutil.copytree(require_headers(headers), emulation.root / "usr/include/aarch64-linux-gnu", dirs_exist_ok=True)
     shutil.copytree(cuda_headers(), emulation.root / "usr/local/cuda/include", dirs_exist_ok=True)
     processes = {"CMAKE_BUILD_PARALLEL_LEVEL": str(os.cpu_count() or 1)}
-    said = run(emulation.python("-c", BUILD_LIBRARY, at="/work/ccnet", **processes), seconds=3600)
+    said = run(emulation.python("-c", BUILD_LIBRARY, at="/device/ccnet", **processes), seconds=3600)
     return loaded(emulation, emulation.root / said.splitlines()[-1].lstrip("/"), plugins=True)
 
 

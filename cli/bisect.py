@@ -8,6 +8,7 @@ from typing import Annotated
 import typer
 from rich.table import Table
 
+from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, progress_bars
 from edgeattn.deploy.evidence import BUNDLED, checkpoint_path
 from edgeattn.models import MODELS
@@ -19,9 +20,7 @@ def bisect(
     reference: Annotated[str, typer.Argument(help=f"An .onnx file, or trained weights (or '{BUNDLED}') for PyTorch.")],
     candidate: Annotated[str, typer.Argument(help="The form under test, given in the same way.")],
     model: Annotated[str | None, typer.Option(help="Model declaration; needed for PyTorch and for images.")] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
-    ] = None,
+    layout: options.Layout = None,
     data: Annotated[
         Path | None, typer.Option(help="Folder of images or .npz of inputs; held-out samples by default.")
     ] = None,

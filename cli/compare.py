@@ -7,20 +7,18 @@ from typing import Annotated
 
 import typer
 
+from edgeattn.cli import options
 from edgeattn.cli.console import conclude, progress_bars
-from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.files import compare_files
 from edgeattn.export.accumulation import ACCUMULATION_BLOCK
 from edgeattn.validation.tolerance import UserLimits
 
 
 def compare(
-    checkpoint: Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")],
+    checkpoint: options.Checkpoint,
     onnx_files: Annotated[list[Path], typer.Argument(help="ONNX forms of the model.")],
     model: Annotated[str, typer.Option(help="Model declaration; see `edgeattn list models`.")],
-    layout: Annotated[
-        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
-    ] = None,
+    layout: options.Layout = None,
     images: Annotated[
         Path | None, typer.Option(help="Images that parity is judged on; held-out samples by default.")
     ] = None,

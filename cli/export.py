@@ -7,10 +7,11 @@ from typing import Annotated
 
 import typer
 
+from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, conclude, parse_size, progress_bars
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import PLUGIN_HOSTS, ExportRequest, ExportRun
-from edgeattn.export.calibration_methods import DEFAULT_METHOD, METHODS
+from edgeattn.export.calibration_methods import DEFAULT_METHOD
 from edgeattn.foundation import UserError
 from edgeattn.models.deployable import POSTPROCESSES
 from edgeattn.models.inspection import guess_model
@@ -18,15 +19,11 @@ from edgeattn.validation.tolerance import UserLimits
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")],
+    checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory.")],
-    model: Annotated[
-        str | None, typer.Option(help="Model declaration; see `edgeattn list models`. Guessed from a file's tensors.")
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
-    ] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the input; the model's own by default.")] = None,
+    model: options.Model = None,
+    layout: options.Layout = None,
+    size: options.Size = None,
     dynamic: Annotated[bool, typer.Option("--dynamic", help="Batch, height and width may vary.")] = False,
     fp16: Annotated[bool, typer.Option("--fp16", help="Also write FP16 forms.")] = False,
     bf16: Annotated[bool, typer.Option("--bf16", help="Also write BF16 forms.")] = False,
@@ -39,12 +36,8 @@ def export(
         Path | None,
         typer.Option(help="Images or .npz for INT8 and for ranges; bundled training images by default."),
     ] = None,
-    calibration_method: Annotated[
-        str, typer.Option(help=f"How INT8 ranges are chosen: {', '.join(method.name for method in METHODS)}.")
-    ] = DEFAULT_METHOD,
-    calibration_cache: Annotated[
-        Path | None, typer.Option(help="Folder where runs share calibration results, by data and graph.")
-    ] = None,
+    calibration_method: options.CalibrationMethod = DEFAULT_METHOD,
+    calibration_cache: options.CalibrationCache = None,
     int8_exclude: Annotated[
         list[str] | None,
         typer.Option(help="Module path, operator type or node that stays in floating point; repeatable."),
@@ -66,7 +59,7 @@ def export(
         str, typer.Option(help=f"{' or '.join(PLUGIN_HOSTS)}; python, for TensorRT 10.15+, adds a node per launch.")
     ] = PLUGIN_HOSTS[0],
     target: Annotated[str | None, typer.Option(help="Deployment target; see `edgeattn list targets`.")] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's by default.")] = None,
+    opset: options.Opset = None,
     images: Annotated[
         Path | None, typer.Option(help="Images that parity is judged on; held-out samples by default.")
     ] = None,

@@ -9,13 +9,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, parse_size, progress_bars
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import ExportRequest
 from edgeattn.deploy.tuning import Sensitivity, SensitivityRequest, analyse
 from edgeattn.deploy.tuning.modules import GRANULARITIES
 from edgeattn.deploy.tuning.sensitivity import LOWERED, SUFFIXES
-from edgeattn.export.calibration_methods import DEFAULT_METHOD, METHODS
+from edgeattn.export.calibration_methods import DEFAULT_METHOD
 from edgeattn.foundation import UserError
 from edgeattn.models.inspection import guess_model
 
@@ -24,40 +25,23 @@ _BAR = 12
 
 
 def sensitivity(
-    checkpoint: Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")],
+    checkpoint: options.Checkpoint,
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory; an unfinished one is continued.")],
-    model: Annotated[
-        str | None, typer.Option(help="Model declaration; see `edgeattn list models`. Guessed from a file's tensors.")
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
-    ] = None,
+    model: options.Model = None,
+    layout: options.Layout = None,
     precision: Annotated[str, typer.Option(help=f"What modules are lowered to: {' or '.join(LOWERED)}.")] = LOWERED[0],
-    granularity: Annotated[
-        str,
-        typer.Option(help=f"{' or '.join(GRANULARITIES)}: innermost modules, or all below --depth names."),
-    ] = GRANULARITIES[0],
-    depth: Annotated[int | None, typer.Option(min=1, help="Names in the path of a block; 2 by default.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the input; the model's own by default.")] = None,
-    calibration: Annotated[
-        Path | None, typer.Option(help="Images or .npz that INT8 is calibrated on; bundled training images by default.")
-    ] = None,
-    calibration_method: Annotated[
-        str, typer.Option(help=f"How INT8 ranges are chosen: {', '.join(method.name for method in METHODS)}.")
-    ] = DEFAULT_METHOD,
-    calibration_cache: Annotated[
-        Path | None, typer.Option(help="Folder where runs share calibration results, by data and graph.")
-    ] = None,
-    int8_attention: Annotated[
-        bool, typer.Option("--int8-attention", help="Attention products have an INT8 form too.")
-    ] = False,
+    granularity: options.Granularity = GRANULARITIES[0],
+    depth: options.Depth = None,
+    size: options.Size = None,
+    calibration: options.CalibrationImages = None,
+    calibration_method: options.CalibrationMethod = DEFAULT_METHOD,
+    calibration_cache: options.CalibrationCache = None,
+    int8_attention: options.Int8Attention = False,
     images: Annotated[
         Path | None, typer.Option(help="Images that modules are judged on; held-out samples by default.")
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="How many samples modules are judged on, at most.")] = 100,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that evaluate; one per processor by default.")
-    ] = None,
+    workers: options.Workers = None,
 ) -> None:
     """Lower one torch module at a time, and all but one, and rank the modules by the harm that they do.
 

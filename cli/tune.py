@@ -9,51 +9,36 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
+from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, conclude, parse_size, progress_bars
 from edgeattn.cli.sensitivity import chosen_model
-from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import PLUGIN_HOSTS, ExportRequest
 from edgeattn.deploy.tuning import MEASURES, TuneRequest, Tuning, tune
 from edgeattn.deploy.tuning.modules import GRANULARITIES
 from edgeattn.deploy.tuning.search import PRECISIONS
 from edgeattn.deploy.tuning.tune import CURVE, RECORD
-from edgeattn.export.calibration_methods import DEFAULT_METHOD, METHODS
+from edgeattn.export.calibration_methods import DEFAULT_METHOD
 
 
 def tune_precisions(
-    checkpoint: Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")],
+    checkpoint: options.Checkpoint,
     budget: Annotated[str, typer.Option(help="; ".join(measure.summary for measure in MEASURES) + ".")],
     target: Annotated[str, typer.Option(help="Deployment target that costs are estimated for.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Run directory; an unfinished one is continued.")],
-    model: Annotated[
-        str | None, typer.Option(help="Model declaration; see `edgeattn list models`. Guessed from a file's tensors.")
-    ] = None,
-    layout: Annotated[
-        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
-    ] = None,
-    granularity: Annotated[
-        str,
-        typer.Option(help=f"{' or '.join(GRANULARITIES)}: innermost modules, or all below --depth names."),
-    ] = GRANULARITIES[0],
-    depth: Annotated[int | None, typer.Option(min=1, help="Names in the path of a block; 2 by default.")] = None,
-    size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the input; the model's own by default.")] = None,
-    opset: Annotated[int | None, typer.Option(help="ONNX opset; the target's by default.")] = None,
+    model: options.Model = None,
+    layout: options.Layout = None,
+    granularity: options.Granularity = GRANULARITIES[0],
+    depth: options.Depth = None,
+    size: options.Size = None,
+    opset: options.Opset = None,
     plugins: Annotated[bool, typer.Option("--plugins", help="Tune and write the form with plugin nodes too.")] = False,
     plugin_host: Annotated[
         str, typer.Option(help=f"{' or '.join(PLUGIN_HOSTS)}; python, for TensorRT 10.15+, adds a node per launch.")
     ] = PLUGIN_HOSTS[0],
-    calibration: Annotated[
-        Path | None, typer.Option(help="Images or .npz that INT8 is calibrated on; bundled training images by default.")
-    ] = None,
-    calibration_method: Annotated[
-        str, typer.Option(help=f"How INT8 ranges are chosen: {', '.join(method.name for method in METHODS)}.")
-    ] = DEFAULT_METHOD,
-    calibration_cache: Annotated[
-        Path | None, typer.Option(help="Folder where runs share calibration results, by data and graph.")
-    ] = None,
-    int8_attention: Annotated[
-        bool, typer.Option("--int8-attention", help="Attention products have an INT8 form too.")
-    ] = False,
+    calibration: options.CalibrationImages = None,
+    calibration_method: options.CalibrationMethod = DEFAULT_METHOD,
+    calibration_cache: options.CalibrationCache = None,
+    int8_attention: options.Int8Attention = False,
     images: Annotated[
         Path | None, typer.Option(help="Images that the budget is judged on; held-out samples by default.")
     ] = None,
@@ -61,9 +46,7 @@ def tune_precisions(
         int, typer.Option(min=2, help="Samples at most: one half to search on, the other to confirm on.")
     ] = 200,
     curve: Annotated[int, typer.Option(min=0, help="Further points of the Pareto plot, at most.")] = CURVE,
-    workers: Annotated[
-        int | None, typer.Option(min=1, help="Processes that evaluate; one per processor by default.")
-    ] = None,
+    workers: options.Workers = None,
 ) -> None:
     """Choose the cheapest mix of INT8, FP16 and FP32 within an accuracy budget, and write and judge its model.
 

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, parse_size, progress_bars
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.video import COMBINATIONS, MEAN, VideoRequest, segment_video
@@ -19,9 +20,7 @@ def video(
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the masks, and of graphs and record.")],
     model: Annotated[str, typer.Option(help="Model declaration, a COSNet; see `edgeattn list models`.")],
     checkpoint: Annotated[str, typer.Option(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")] = BUNDLED,
-    layout: Annotated[
-        str | None, typer.Option(help="Published layout of the weights; told from their names by default.")
-    ] = None,
+    layout: options.Layout = None,
     references: Annotated[
         int, typer.Option(min=1, help="Frames that all are compared with, evenly spaced.")
     ] = REFERENCES,

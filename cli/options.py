@@ -1,0 +1,35 @@
+"""Options that several commands take."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from edgeattn.deploy.evidence import BUNDLED
+from edgeattn.deploy.tuning.modules import GRANULARITIES
+from edgeattn.export.calibration_methods import METHODS
+
+Checkpoint = Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")]
+Model = Annotated[
+    str | None, typer.Option(help="Model declaration; see `edgeattn list models`. Guessed from a file's tensors.")
+]
+Layout = Annotated[str | None, typer.Option(help="Published layout of the weights; told from their names by default.")]
+Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the input; the model's own by default.")]
+Opset = Annotated[int | None, typer.Option(help="ONNX opset; the target's by default.")]
+CalibrationMethod = Annotated[
+    str, typer.Option(help=f"How INT8 ranges are chosen: {', '.join(method.name for method in METHODS)}.")
+]
+CalibrationCache = Annotated[
+    Path | None, typer.Option(help="Folder where runs share calibration results, by data and graph.")
+]
+CalibrationImages = Annotated[
+    Path | None, typer.Option(help="Images or .npz that INT8 is calibrated on; bundled training images by default.")
+]
+Int8Attention = Annotated[bool, typer.Option("--int8-attention", help="Attention products have an INT8 form too.")]
+Granularity = Annotated[
+    str, typer.Option(help=f"{' or '.join(GRANULARITIES)}: innermost modules, or all below --depth names.")
+]
+Depth = Annotated[int | None, typer.Option(min=1, help="Names in the path of a block; 2 by default.")]
+Workers = Annotated[int | None, typer.Option(min=1, help="Processes that evaluate; one per processor by default.")]
