@@ -34,6 +34,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/criss_cross_forms.py
 	$(BIN)/python benchmarks/rewrite_chain.py
 	$(BIN)/python benchmarks/official_size.py
+	$(BIN)/python benchmarks/official_export.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv
