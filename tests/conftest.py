@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,9 @@ from types import ModuleType
 from typing import Any
 
 import pytest
+
+# Triton's interpreter runs the kernels on the CPU. It is chosen before anything imports Triton, as parts of torch do.
+os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _load(name: str) -> ModuleType:

@@ -384,4 +384,6 @@ def walk_runner(folder: Path, request: BuildRequest, types) -> dict:
 
 
 if __name__ == "__main__":
+    # A background job of a shell begins with Ctrl-C ignored.
+    signal.signal(signal.SIGINT, signal.default_int_handler)
     sys.stdout.write("\n" + json.dumps(walk(Path(sys.argv[1])), default=str) + "\n")

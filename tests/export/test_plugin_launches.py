@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -56,7 +55,6 @@ def launch_operators(layout: str = "linear") -> list[type[OpRun]]:
 
 def _run(plugin: LaunchPlugin, layout: str, *arrays: Any, **_: Any) -> tuple[np.ndarray, ...]:
     """Run one launch, knowing no more than TensorRT does: the tensors that it reads."""
-    os.environ["TRITON_INTERPRET"] = "1"
     import torch
 
     from edgeattn.plugins_trt.torch_host import kernel_function

@@ -1,6 +1,5 @@
-"""Triton's interpreter runs the kernels of these tests on the CPU; it is chosen before a kernel is imported."""
+"""Models of one plugin node."""
 
-import os
 from collections.abc import Callable
 
 import onnx
@@ -9,8 +8,6 @@ from onnx import helper
 
 from edgeattn.plugins_trt import DOMAIN, PluginSpec, TensorSpec
 from edgeattn.plugins_trt.onnx_form import local_function
-
-os.environ["TRITON_INTERPRET"] = "1"
 
 
 def _one_node_model(
