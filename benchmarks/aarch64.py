@@ -35,6 +35,7 @@ import numpy as np
 from gpu.driver_build import cuda_headers
 from rich.console import Console
 
+from edgeattn.deploy.device.manifest import WORK
 from edgeattn.export.run_directory import versions
 from edgeattn.foundation import write_text
 from edgeattn.targets import TARGETS
@@ -474,7 +475,7 @@ def findings(emulation: Emulation) -> dict[str, Any]:
 
 def written(emulation: Emulation, name: str) -> dict[str, Any]:
     """Return what a command wrote in the root."""
-    record: dict[str, Any] = json.loads((emulation.root / f"device/ccnet/work/{name}.json").read_text())
+    record: dict[str, Any] = json.loads((emulation.root / f"device/ccnet/{WORK}/{name}.json").read_text())
     return record
 
 
@@ -488,7 +489,7 @@ def verify(emulation: Emulation, precision: str) -> dict[str, Any]:
         compared[f"aarch64, {cpu}"] = figures(written(emulation, f"verify.{precision}"))
     on_host(emulation, f"build {options}")
     on_host(emulation, f"verify {options}")
-    record = json.loads((emulation.folder / f"host/ccnet/work/verify.{precision}.json").read_text())
+    record = json.loads((emulation.folder / f"host/ccnet/{WORK}/verify.{precision}.json").read_text())
     return {"compared_with_pytorch": {**compared, f"{platform.machine()}, this machine": figures(record)}}
 
 

@@ -243,7 +243,7 @@ def _rename(state: Mapping[str, Tensor], key_map: Mapping[str, str], report: Loa
     renamed: dict[str, Tensor] = {}
     origin: dict[str, str] = {}
     for published, tensor in state.items():
-        name = _apply(key_map, published)
+        name = renamed_key(key_map, published)
         if not name:
             report.ignored[published] = "left out by the key map"
             continue
@@ -258,7 +258,12 @@ def _rename(state: Mapping[str, Tensor], key_map: Mapping[str, str], report: Loa
     return renamed
 
 
-def _apply(key_map: Mapping[str, str], key: str) -> str:
+def renamed_key(key_map: Mapping[str, str], key: str) -> str:
+    """Return our name of a published one: by the first entry that matches; empty where that leaves it out.
+
+    Raises:
+        UserError: an entry is no regular expression.
+    """
     for pattern, template in key_map.items():
         try:
             name, changes = re.subn(pattern, template, key, count=1)

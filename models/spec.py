@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,6 +14,7 @@ from PIL import Image
 from torch import nn
 
 from edgeattn.foundation import Registry, UserError
+from edgeattn.models.checkpoint import renamed_key
 
 Length = TypeVar("Length", int, "int | None")
 """A number of pixels or images; None where it may vary."""
@@ -132,11 +132,7 @@ class Layout:
 
     def renamed(self, name: str) -> str:
         """Return our name of a published tensor; empty where the layout leaves it out."""
-        for pattern, template in self.key_map.items():
-            ours, changes = re.subn(pattern, template, name, count=1)
-            if changes:
-                return ours
-        return name
+        return renamed_key(self.key_map, name)
 
 
 @dataclass(frozen=True)
