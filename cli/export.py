@@ -9,12 +9,9 @@ import typer
 
 from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, conclude, parse_size, progress_bars
-from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import PLUGIN_HOSTS, ExportRequest, ExportRun
 from edgeattn.export.calibration_methods import DEFAULT_METHOD
-from edgeattn.foundation import UserError
 from edgeattn.models.deployable import POSTPROCESSES
-from edgeattn.models.inspection import guess_model
 from edgeattn.validation.tolerance import UserLimits
 
 
@@ -82,9 +79,7 @@ def export(
     Exit status 1 when a form fails parity, 2 when the input cannot be used.
     """
     if model is None:
-        if checkpoint == BUNDLED:
-            raise UserError(f"'{BUNDLED}' is the weights of many models. Choose one with --model.")
-        guess = guess_model(checkpoint)
+        guess = options.guessed_model(checkpoint)
         model = guess.model
         CONSOLE.print(
             f"model: {model}, certain: all {guess.expected} tensors of its layout {guess.layout} fit, and no other is "

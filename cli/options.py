@@ -1,4 +1,4 @@
-"""Options that several commands take."""
+"""Options that several commands take, and the model that they mean."""
 
 from __future__ import annotations
 
@@ -10,6 +10,8 @@ import typer
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.tuning.modules import GRANULARITIES
 from edgeattn.export.calibration_methods import METHODS
+from edgeattn.foundation import UserError
+from edgeattn.models.inspection import ModelGuess, guess_model
 
 Checkpoint = Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")]
 Model = Annotated[
@@ -33,3 +35,23 @@ Granularity = Annotated[
 ]
 Depth = Annotated[int | None, typer.Option(min=1, help="Names in the path of a block; 2 by default.")]
 Workers = Annotated[int | None, typer.Option(min=1, help="Processes that evaluate; one per processor by default.")]
+
+
+def guessed_model(checkpoint: str) -> ModelGuess:
+    """Return the one declared network that a checkpoint's tensors fit.
+
+    Raises:
+        UserError: bundled weights, or tensors that fit no network or several.
+    """
+    if checkpoint == BUNDLED:
+        raise UserError(f"'{BUNDLED}' is the weights of many models. Choose one with --model.")
+    return guess_model(checkpoint)
+
+
+def chosen_model(checkpoint: str, model: str | None) -> str:
+    """Return the name of the model that was given, or that a checkpoint's tensors tell.
+
+    Raises:
+        UserError: see `guessed_model`.
+    """
+    return guessed_model(checkpoint).model if model is None else model

@@ -11,14 +11,11 @@ from rich.table import Table
 
 from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, parse_size, progress_bars
-from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.deploy.pipeline import ExportRequest
 from edgeattn.deploy.tuning import Sensitivity, SensitivityRequest, analyse
 from edgeattn.deploy.tuning.modules import GRANULARITIES
 from edgeattn.deploy.tuning.sensitivity import LOWERED, SUFFIXES
 from edgeattn.export.calibration_methods import DEFAULT_METHOD
-from edgeattn.foundation import UserError
-from edgeattn.models.inspection import guess_model
 
 _BAR = 12
 """Characters of the longest bar."""
@@ -49,7 +46,7 @@ def sensitivity(
     """
     request = SensitivityRequest(
         ExportRequest(
-            model=chosen_model(checkpoint, model),
+            model=options.chosen_model(checkpoint, model),
             checkpoint=checkpoint,
             layout=layout,
             size=parse_size(size) if size else None,
@@ -81,19 +78,6 @@ def sensitivity(
         CONSOLE.print(f"note: {note}", highlight=False, markup=False)
     files = ", ".join(f"sensitivity.{precision}{suffix}" for suffix in SUFFIXES)
     CONSOLE.print(f"record and plot in {output}: {files}", highlight=False)
-
-
-def chosen_model(checkpoint: str, model: str | None) -> str:
-    """Return the name of the model that was given, or that a checkpoint's tensors tell.
-
-    Raises:
-        UserError: bundled weights without a name, or tensors that fit no model or several.
-    """
-    if model is not None:
-        return model
-    if checkpoint == BUNDLED:
-        raise UserError(f"'{BUNDLED}' is the weights of many models. Choose one with --model.")
-    return guess_model(checkpoint).model
 
 
 def sensitivity_table(result: Sensitivity) -> Table:

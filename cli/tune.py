@@ -11,7 +11,6 @@ from rich.table import Table
 
 from edgeattn.cli import options
 from edgeattn.cli.console import CONSOLE, conclude, parse_size, progress_bars
-from edgeattn.cli.sensitivity import chosen_model
 from edgeattn.deploy.pipeline import PLUGIN_HOSTS, ExportRequest
 from edgeattn.deploy.tuning import MEASURES, TuneRequest, Tuning, tune
 from edgeattn.deploy.tuning.modules import GRANULARITIES
@@ -55,7 +54,7 @@ def tune_precisions(
     """
     request = TuneRequest(
         ExportRequest(
-            model=chosen_model(checkpoint, model),
+            model=options.chosen_model(checkpoint, model),
             checkpoint=checkpoint,
             layout=layout,
             size=parse_size(size) if size else None,
