@@ -17,7 +17,7 @@ from edgeattn.validation.tolerance import UserLimits
 def compare(
     checkpoint: options.Checkpoint,
     onnx_files: Annotated[list[Path], typer.Argument(help="ONNX forms of the model.")],
-    model: Annotated[str, typer.Option(help="Model declaration; see `edgeattn list models`.")],
+    model: options.Model = None,
     layout: options.Layout = None,
     images: Annotated[
         Path | None, typer.Option(help="Images that parity is judged on; held-out samples by default.")
@@ -46,6 +46,7 @@ def compare(
 
     Exit status 1 when a file fails parity, 2 when the input cannot be used.
     """
+    model = options.chosen_model(checkpoint, model)
     with progress_bars() as progress:
         record = compare_files(
             model,

@@ -15,7 +15,10 @@ from edgeattn.models.inspection import ModelGuess, guess_model
 
 Checkpoint = Annotated[str, typer.Argument(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")]
 Model = Annotated[
-    str | None, typer.Option(help="Model declaration; see `edgeattn list models`. Guessed from a file's tensors.")
+    str | None,
+    typer.Option(
+        help="Model, see `edgeattn list models`, or variant, as ccnet-r101:num_classes=21. Guessed from a file's tensors."
+    ),
 ]
 Layout = Annotated[str | None, typer.Option(help="Published layout of the weights; told from their names by default.")]
 Size = Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the input; the model's own by default.")]

@@ -18,7 +18,7 @@ from edgeattn.deploy.video.stream import PRECISIONS, RECORD, REFERENCES
 def video(
     source: Annotated[Path, typer.Argument(help="Video file, or folder of frames in the order of their names.")],
     output: Annotated[Path, typer.Option("--output", "-o", help="Folder of the masks, and of graphs and record.")],
-    model: Annotated[str, typer.Option(help="Model declaration, a COSNet; see `edgeattn list models`.")],
+    model: options.Model = None,
     checkpoint: Annotated[str, typer.Option(help=f"Trained weights (.safetensors, .pth), or '{BUNDLED}'.")] = BUNDLED,
     layout: options.Layout = None,
     references: Annotated[
@@ -43,7 +43,7 @@ def video(
     Every frame is encoded once; the references' features are kept. Exit status 2 when the input cannot be used.
     """
     request = VideoRequest(
-        model=model,
+        model=options.chosen_model(checkpoint, model),
         checkpoint=checkpoint,
         layout=layout,
         references=references,

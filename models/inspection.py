@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from edgeattn.blocks.recognition import Shapes, matches, shapes_of
 from edgeattn.foundation import UserError
 from edgeattn.models.checkpoint import COUNTER, read_checkpoint
-from edgeattn.models.published import LayoutFit, fit_network, fit_published
-from edgeattn.models.spec import MODELS, Layout, ModelSpec
+from edgeattn.models.published import LayoutFit, fit_network, fit_published, state_shapes
+from edgeattn.models.spec import Layout, ModelSpec
+from edgeattn.models.variants import MODELS, variant_of_shapes
 
 _LISTED = 3  # candidates that a refusal names
+_NEAR = 0.5  # share of the tensors of a network that its variants have too
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,7 +26,7 @@ class ModelGuess:
     """How well a checkpoint fits a declared network, in the layout that it fits best.
 
     Attributes:
-        model: name of the declaration.
+        model: name of the declaration, or of a variant of it.
         layout: name of the published layout.
         matched: tensors of the layout that the checkpoint holds with the same name and shape.
         expected: tensors of the layout; counters of batch normalisation do not count.
@@ -148,14 +149,45 @@ def inspect_checkpoint(path: str | Path) -> Inspection:
 def guess_models(shapes: Shapes) -> tuple[ModelGuess, ...]:
     """Return how well each declared network fits names and shapes, best first, without those that share nothing.
 
-    Published layouts are compared with their listings; a network is built, without memory, only where none exists.
+    Published layouts are compared with their listings; a network is built, without memory, only where none exists, and
+    where a network is near whose variant, say with another number of classes, may fit.
     """
-    guesses = []
-    for spec in MODELS:
-        best = _best_fit(spec, shapes)
-        if best.matched:
-            guesses.append(ModelGuess.of(spec, best))
+    guesses = [guess for spec in MODELS if (guess := ModelGuess.of(spec, _best_fit(spec, shapes))).matched]
+    if not any(guess.certainty == 1 for guess in guesses):
+        guesses = _different([_as_variant(guess, shapes) for guess in guesses])
     return tuple(sorted(guesses, key=lambda guess: -guess.certainty))
+
+
+def _different(guesses: Sequence[ModelGuess]) -> list[ModelGuess]:
+    """Return the guesses without those whose network an earlier one names too: variants of two may be the same."""
+    kept: list[tuple[ModelSpec, ModelGuess]] = []
+    for guess in guesses:
+        spec = MODELS.get(guess.model)
+        if not any(_same(spec, other) for other, _ in kept):
+            kept.append((spec, guess))
+    return [guess for _, guess in kept]
+
+
+def _same(one: ModelSpec, other: ModelSpec) -> bool:
+    """Say whether two declarations differ in nothing but names."""
+    return all(
+        getattr(one, name) == getattr(other, name)
+        for name in ("network", "arguments", "size", "preprocessing", "outputs", "labels", "classes")
+    )
+
+
+def _as_variant(guess: ModelGuess, shapes: Shapes) -> ModelGuess:
+    """Return the guess that a network has other arguments than the declared one, where that fits better."""
+    spec = MODELS.get(guess.model)
+    if guess.certainty < _NEAR or not spec.told:
+        return guess
+    layout = spec.layout(guess.layout)
+    other = variant_of_shapes(spec, layout.renamed_all(shapes))
+    if other is spec:
+        return guess
+    return max(
+        guess, ModelGuess.of(other, fit_network(layout, shapes, state_shapes(other))), key=lambda one: one.certainty
+    )
 
 
 def guess_model(path: str | Path) -> ModelGuess:
@@ -225,7 +257,7 @@ def _best_fit(spec: ModelSpec, shapes: Shapes) -> LayoutFit:
         if layout.listing is not None:
             fits.append(fit_published(layout, shapes, _listed(layout.listing)))
         else:
-            built = _expected(spec) if built is None else built
+            built = state_shapes(spec) if built is None else built
             fits.append(fit_network(layout, shapes, built))
     return max(fits, key=lambda fit: fit.certainty)
 
@@ -235,9 +267,3 @@ def _listed(listing: str) -> Shapes:
     """Return the shapes of a listing without counters."""
     published = Layout(listing=listing).published_shapes() or {}
     return {name: shape for name, shape in published.items() if name.rpartition(".")[2] != COUNTER}
-
-
-def _expected(spec: ModelSpec) -> Shapes:
-    """Return names and shapes of a network's state; no memory is used for the weights."""
-    with torch.device("meta"):
-        return shapes_of(spec.build().state_dict())

@@ -241,12 +241,14 @@ class Head:
         stages: indices of the stages it reads.
         logits: names of what it returns; training alone uses all but the first.
         key_map: from mmsegmentation's names to ours.
+        classifier: our name of the weight with one row for each class.
     """
 
     build: Callable[..., nn.Module]
     stages: tuple[int, ...] = (3,)
     logits: tuple[str, ...] = ("logits",)
     key_map: Mapping[str, str] = field(default_factory=dict)
+    classifier: str = "decode_head.conv_seg.weight"
 
 
 def _of_block(block: str, variant: str, part: str = "", ours: str = "") -> dict[str, str]:
@@ -278,6 +280,7 @@ HEADS: Mapping[str, Head] = {
         DANetHead,
         logits=("logits", "position_logits", "channel_logits"),
         key_map=_of_block("danet-head", "mmseg"),
+        classifier="decode_head.conv8.1.weight",
     ),
     "EMAHead": Head(EMAHead, key_map=_of_block("ema", "mmseg", ours="ema.")),
     "ANNHead": Head(

@@ -5,12 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, nn
 
 from edgeattn.blocks.recognition import Shapes, shapes_of
 from edgeattn.foundation import UserError
 from edgeattn.models.checkpoint import CheckpointMismatchError, LoadReport, load_checkpoint
 from edgeattn.models.spec import Layout, ModelSpec
+from edgeattn.models.variants import variant_of_shapes
 
 
 @dataclass(frozen=True)
@@ -90,6 +92,12 @@ def fit_network(layout: Layout, given: Shapes, wanted: Shapes) -> LayoutFit:
     return LayoutFit(layout, matched, len(wanted), len(given) - ignored - matched)
 
 
+def state_shapes(spec: ModelSpec) -> Shapes:
+    """Return names and shapes of a network's state; no memory is used for the weights."""
+    with torch.device("meta"):
+        return shapes_of(spec.build().state_dict())
+
+
 def load_published(
     spec: ModelSpec, model: nn.Module, state: Mapping[str, Tensor], layout: str | None = None
 ) -> PublishedLoad:
@@ -117,7 +125,8 @@ def load_published(
     try:
         return PublishedLoad(chosen.name, load_checkpoint(model, state, key_map=chosen.key_map))
     except CheckpointMismatchError as error:
-        raise CheckpointMismatchError(_with_layouts(str(error), spec, fits, forced=layout), error.report) from error
+        message = _with_layouts(str(error), spec, fits, forced=layout) + _variant_hint(spec, chosen, shapes)
+        raise CheckpointMismatchError(message, error.report) from error
 
 
 def _only(spec: ModelSpec, strict: list[Layout], given: Iterable[str]) -> Layout:
@@ -145,6 +154,14 @@ def _with_layouts(message: str, spec: ModelSpec, fits: list[LayoutFit], *, force
         return message
     listed = "; ".join(f"{fit.layout.name} ({fit.described})" for fit in others)
     return f"{message} The nearest layout is {nearest.layout.name}. The others of {spec.name}: {listed}."
+
+
+def _variant_hint(spec: ModelSpec, layout: Layout, shapes: Shapes) -> str:
+    """Return what to add to a refusal where a variant of the network has these shapes, such as other classes."""
+    other = variant_of_shapes(spec, layout.renamed_all(shapes))
+    if other is spec or fit_network(layout, shapes, state_shapes(other)).certainty < 1:
+        return ""
+    return f" Its shapes are those of {other.name}: give that as the model."
 
 
 def _comparable(shape: tuple[int, ...] | None) -> tuple[int, ...] | None:

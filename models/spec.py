@@ -13,7 +13,8 @@ import torch
 from PIL import Image
 from torch import nn
 
-from edgeattn.foundation import Registry, UserError
+from edgeattn.blocks.recognition import Shapes
+from edgeattn.foundation import UserError
 from edgeattn.models.checkpoint import renamed_key
 
 Length = TypeVar("Length", int, "int | None")
@@ -134,6 +135,31 @@ class Layout:
         """Return our name of a published tensor; empty where the layout leaves it out."""
         return renamed_key(self.key_map, name)
 
+    def renamed_all(self, shapes: Shapes) -> dict[str, tuple[int, ...]]:
+        """Return shape by our name of published tensors, without those that the layout leaves out."""
+        return {ours: shape for name, shape in shapes.items() if (ours := self.renamed(name))}
+
+
+@dataclass(frozen=True)
+class Told:
+    """Where the shapes of a state tell an argument of its network.
+
+    Attributes:
+        parameters: names of tensors; of several, each tells one number of a tuple.
+        axis: whose length is the argument.
+    """
+
+    parameters: tuple[str, ...]
+    axis: int = 0
+
+    def read(self, shapes: Shapes) -> int | tuple[int, ...] | None:
+        """Return the argument; None where the state lacks a tensor."""
+        found = [shapes.get(name, ()) for name in self.parameters]
+        if any(len(shape) <= self.axis for shape in found):
+            return None
+        sizes = tuple(shape[self.axis] for shape in found)
+        return sizes if len(sizes) > 1 else sizes[0]
+
 
 @dataclass(frozen=True)
 class ModelSpec:
@@ -146,6 +172,8 @@ class ModelSpec:
         arguments: what the network is constructed with.
         small: arguments of a small network of the same structure, for tests.
         original: `module:class` of the independent original, which takes the same arguments and state.
+        told: arguments that the shapes of a state tell, so that a user's may be others; see `edgeattn.models.variants`.
+        free: arguments that no weight depends on, which a user may choose otherwise.
         layouts: published forms of the state, the network's own first.
         inputs: ONNX names of the image inputs, each (batch, 3, height, width).
         outputs: what the network's forward returns, in order.
@@ -172,6 +200,8 @@ class ModelSpec:
     size: tuple[int, int]
     classes: tuple[str, ...]
     labels: Callable[[Mapping[str, torch.Tensor], tuple[int, int]], torch.Tensor]
+    told: Mapping[str, Told] = field(default_factory=dict)
+    free: tuple[str, ...] = ()
     layouts: tuple[Layout, ...] = (Layout(),)
     fixed_size: str = ""
     test_sizes: tuple[tuple[int, int], ...] = ((65, 97), (72, 88))
@@ -242,6 +272,3 @@ class ModelSpec:
     def network_inputs(self, sample: Sample) -> dict[str, np.ndarray]:
         """Return the inputs of one sample by ONNX name, each of `input_shape` with a batch of one."""
         return {name: self.preprocessing(image) for name, image in zip(self.inputs, sample.images, strict=True)}
-
-
-MODELS: Registry[ModelSpec] = Registry("model")

@@ -7,7 +7,15 @@ import functools
 from edgeattn.models import digits
 from edgeattn.models.ccnet import CCNet
 from edgeattn.models.spec import Layout, OutputSpec
-from edgeattn.models.zoo.declare import CAFFE_BGR, CENTRED_RGB, CHECKPOINTS, CITYSCAPES, ORIGINALS, segmentation
+from edgeattn.models.zoo.declare import (
+    CAFFE_BGR,
+    CENTRED_RGB,
+    CHECKPOINTS,
+    CITYSCAPES,
+    ORIGINALS,
+    classes_of,
+    segmentation,
+)
 
 _SMALL = {"num_classes": 11, "recurrence": 2, "blocks": (1, 1, 2, 1), "stem_width": 16, "base_width": 8}
 
@@ -16,6 +24,8 @@ _ccnet = functools.partial(
     network=CCNet,
     small=_SMALL,
     original=f"{ORIGINALS}.ccnet:CCNet",
+    told=classes_of("head.bottleneck.3.weight"),
+    free=("recurrence",),
     outputs=(OutputSpec("logits", "logits"), OutputSpec("dsn_logits", "logits", auxiliary=True)),
 )
 

@@ -17,12 +17,16 @@ from edgeattn.models.classifiers import (
     sk_resnet,
     sk_resnet_dense,
 )
-from edgeattn.models.spec import Layout, Preprocessing
-from edgeattn.models.zoo.declare import ORIGINALS, classification
+from edgeattn.models.spec import Layout, Preprocessing, Told
+from edgeattn.models.zoo.declare import ORIGINALS, classes_of, classification
 
 # Networks whose states have the same names share a small form with the options of all of them.
 _SMALL = {"num_classes": 7, "blocks": (1, 1), "base_width": 8}
 _SMALL_KERNELS = {"k_sizes": (3, 5)}
+_ECA_TOLD = {
+    **classes_of("fc.weight"),
+    "k_sizes": Told(tuple(f"layer{stage}.0.eca.conv.weight" for stage in range(1, 5)), axis=2),
+}
 _SMALL_STEM = {"stem": (4, 6)}
 _FEW_GROUPS = {"groups": 4, "group_width": 32, "ceil_pool": True}
 _SMALL_SE = {**_FEW_GROUPS, "stride_on_first": True}
@@ -179,6 +183,7 @@ _classifier(
     {},
     Layout(listing="eca-resnet50"),
     small=_SMALL_KERNELS,
+    told=_ECA_TOLD,
 )
 _classifier(
     "eca-resnet50-k3",
@@ -187,6 +192,7 @@ _classifier(
     {"k_sizes": (3, 3, 3, 3)},
     Layout(listing="eca-resnet50-k3"),
     small=_SMALL_KERNELS,
+    told=_ECA_TOLD,
 )
 _classifier(
     "eca-resnet50d-timm",
@@ -195,6 +201,7 @@ _classifier(
     {"k_sizes": (5, 5, 5, 7), "avg_down": True, "stem": (32, 32)},
     Layout("timm", _TIMM_ECA, "eca-resnet50d-timm"),
     small=_SMALL_STEM,
+    told=_ECA_TOLD,
 )
 _classifier(
     "eca-resnet50t-timm",
@@ -203,6 +210,7 @@ _classifier(
     {"k_sizes": (5, 5, 5, 7), "avg_down": True, "stem": (24, 32)},
     Layout("timm", _TIMM_ECA, "eca-resnet50t-timm"),
     small=_SMALL_STEM,
+    told=_ECA_TOLD,
     size=(256, 256),
 )
 _classifier(

@@ -10,7 +10,8 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from edgeattn.models.spec import MODELS, ModelSpec, OutputSpec, Preprocessing
+from edgeattn.models.spec import ModelSpec, OutputSpec, Preprocessing, Told
+from edgeattn.models.variants import MODELS, numbered_classes
 
 CHECKPOINTS = Path(__file__).parents[1] / "checkpoints"
 ORIGINALS = "edgeattn.validation.originals"
@@ -23,9 +24,9 @@ CITYSCAPES = (
 )
 
 
-def numbered_classes(count: int) -> tuple[str, ...]:
-    """Return names for `count` classes whose names no checkpoint depends on."""
-    return tuple(f"class {index}" for index in range(count))
+def classes_of(parameter: str) -> dict[str, Told]:
+    """Say that the rows of a parameter, the last layer's weight, tell the number of classes."""
+    return {"num_classes": Told((parameter,))}
 
 
 def class_labels(
@@ -69,5 +70,6 @@ classification = functools.partial(
     preprocessing=IMAGENET_RGB,
     size=(224, 224),
     classes=numbered_classes(1000),
+    told=classes_of("fc.weight"),
 )
 """Register an ImageNet classifier: one image in, scores (batch, classes) out."""

@@ -9,7 +9,8 @@ import functools
 
 from edgeattn.models.can import CAN
 from edgeattn.models.spec import Layout
-from edgeattn.models.zoo.declare import ORIGINALS, classification, numbered_classes
+from edgeattn.models.variants import numbered_classes
+from edgeattn.models.zoo.declare import ORIGINALS, classes_of, classification
 
 _can = functools.partial(
     classification,
@@ -19,6 +20,7 @@ _can = functools.partial(
     inputs=(*(f"support_{index}" for index in range(1, 6)), "query"),
     size=(84, 84),
     classes=numbered_classes(5),
+    told=classes_of("clasifier.weight"),
     fixed_size="the meta learner of the cross attention has one weight per position of the features",
     test_sizes=((48, 32),),
 )

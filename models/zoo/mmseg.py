@@ -9,7 +9,7 @@ from typing import Any
 from edgeattn.models.mmseg import EncoderDecoder
 from edgeattn.models.mmseg_heads import HEADS
 from edgeattn.models.spec import Layout, OutputSpec
-from edgeattn.models.zoo.declare import CITYSCAPES, IMAGENET_RGB, ORIGINALS, class_labels, segmentation
+from edgeattn.models.zoo.declare import CITYSCAPES, IMAGENET_RGB, ORIGINALS, class_labels, classes_of, segmentation
 
 _BLOCKS = {"r50": (3, 4, 6, 3), "r101": (3, 4, 23, 3)}
 _SMALL = {"num_classes": 5, "blocks": (1, 1, 1, 1), "base_width": 8}
@@ -43,6 +43,7 @@ def _mmseg(
             preprocessing=IMAGENET_RGB,
             size=(512, 1024),
             classes=CITYSCAPES,
+            told=classes_of(HEADS[head].classifier),
             layouts=(Layout("mmseg", HEADS[head].key_map, full_name),),
             **fields,
         )

@@ -9,7 +9,8 @@ from edgeattn.models.glore import FRAMES, GloReResNet
 from edgeattn.models.inserted import a2_resnet, cgnl_resnet
 from edgeattn.models.learn_to_pay import FIXED, AttnResNet
 from edgeattn.models.spec import Layout, Preprocessing
-from edgeattn.models.zoo.declare import ORIGINALS, classification, numbered_classes
+from edgeattn.models.variants import numbered_classes
+from edgeattn.models.zoo.declare import ORIGINALS, classes_of, classification
 
 _CIFAR_RGB = Preprocessing("RGB", 1 / 255, (0.5071, 0.4867, 0.4408), (0.2675, 0.2565, 0.2761))
 _GLORE_RGB = Preprocessing("RGB", 1 / 255, (124 / 255, 117 / 255, 104 / 255), (1 / (0.0167 * 255),) * 3)
@@ -22,6 +23,7 @@ _ltpa = functools.partial(
     classes=numbered_classes(100),
     fixed_size=FIXED,
     test_sizes=((32, 32),),
+    told=classes_of("classify.weight"),
 )
 
 # Maps of the attention are left out: with them an export needs the layers of the global feature.
@@ -78,6 +80,7 @@ _glore = functools.partial(
     original=f"{ORIGINALS}.glore_network:GloReResNet",
     preprocessing=_GLORE_RGB,
     test_sizes=((33, 49), (40, 56)),
+    told=classes_of("classifier.weight"),
 )
 # The units are cubic and not normalised: random weights in several of them, on a large map, would leave the range.
 _SMALL_GLORE = {

@@ -10,7 +10,8 @@ from edgeattn.models.emanet import EMANet
 from edgeattn.models.ocnet import OCNetASP, OCNetBase, OCNetPyramid
 from edgeattn.models.psanet import PSANet
 from edgeattn.models.spec import Layout, OutputSpec, Preprocessing
-from edgeattn.models.zoo.declare import CITYSCAPES, IMAGENET_RGB, ORIGINALS, numbered_classes, segmentation
+from edgeattn.models.variants import numbered_classes
+from edgeattn.models.zoo.declare import CITYSCAPES, IMAGENET_RGB, ORIGINALS, classes_of, segmentation
 
 PASCAL_VOC = (
     *("background", "aeroplane", "bicycle", "bird", "boat", "bottle", "bus", "car", "cat", "chair", "cow"),
@@ -35,6 +36,7 @@ _danet = functools.partial(
     preprocessing=IMAGENET_RGB,
     size=(768, 768),
     classes=CITYSCAPES,
+    told=classes_of("head.conv8.1.weight"),
 )
 _danet(
     "danet-r101",
@@ -61,6 +63,7 @@ segmentation(
     preprocessing=IMAGENET_RGB,
     size=(513, 513),
     classes=PASCAL_VOC,
+    told=classes_of("fc2.weight"),
     layouts=(Layout(listing="emanet-r101"),),
 )
 
@@ -71,6 +74,7 @@ _ocnet = functools.partial(
     preprocessing=Preprocessing("RGB", 1.0, _CAFFE_MEAN, (1.0, 1.0, 1.0)),
     size=(769, 769),
     classes=CITYSCAPES,
+    told=classes_of("cls.weight"),
 )
 _ocnet(
     "ocnet-base-r101",
@@ -107,6 +111,7 @@ _psanet = functools.partial(
     original=f"{ORIGINALS}.psanet:PSANet",
     outputs=(_LOGITS, OutputSpec("aux_logits", "logits", auxiliary=True)),
     preprocessing=IMAGENET_RGB,
+    told=classes_of("cls.4.weight"),
     test_sizes=((65, 81), (49, 97)),  # the second one is wider than the masks reach
 )
 for _depth, _blocks in ((50, (3, 4, 6, 3)), (101, (3, 4, 23, 3))):
@@ -135,5 +140,6 @@ segmentation(
     preprocessing=Preprocessing("BGR", 1.0, _CAFFE_MEAN, (1.0, 1.0, 1.0)),
     size=(769, 769),
     classes=CITYSCAPES,
+    told=classes_of("cls.weight"),
     layouts=(Layout(listing="ann-r101"),),
 )
