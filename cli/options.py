@@ -17,7 +17,7 @@ Checkpoint = Annotated[str, typer.Argument(help=f"Trained weights (.safetensors,
 Model = Annotated[
     str | None,
     typer.Option(
-        help="Model, see `edgeattn list models`, or variant, as ccnet-r101:num_classes=21. Guessed from a file's tensors."
+        help="Model (`edgeattn list models`) or variant (ccnet-r101:num_classes=21). Guessed from a file's tensors."
     ),
 ]
 Layout = Annotated[str | None, typer.Option(help="Published layout of the weights; told from their names by default.")]
