@@ -109,20 +109,45 @@ def quantise(
             the method is unknown, or the samples are too few or do not fit.
     """
     options = options or Int8Options()
-    method = method_named(options.method)
-    named = with_node_names(model)
-    _require_plain_fp32(named)
-    if not isinstance(samples, CalibrationSamples):
-        samples = calibration_samples(samples, inputs=input_shapes(named), types=input_types(named))
-    excluded = selected_names(((node.name, metadata_of(node)) for node in named.graph.node), options.exclude, "exclude")
-    plan = plan_layers(ir.from_proto(named).graph, excluded=excluded, attention=options.attention)
-    if not plan.layers:
-        raise UserError(
-            "the ONNX model has no convolution or linear layer with constant weights left to quantise. Drop INT8."
-        )
-    quantiser = _Quantiser(named, plan)
-    calibration, notes = _calibrated(quantiser, samples, method, options, progress)
+    quantiser = _quantiser(model, options)
+    calibration, notes = _calibrated(quantiser, samples, options, progress)
     return _result(quantiser, calibration, options, notes)
+
+
+def calibrate(
+    model: onnx.ModelProto,
+    samples: CalibrationSamples | Iterable[Mapping[str, np.ndarray]],
+    options: Int8Options | None = None,
+    *,
+    progress: Callable[[int], None] | None = None,
+) -> Calibration:
+    """Return what the data say about the layers of a model, for any number of `quantise_calibrated`.
+
+    Args:
+        model: as for `quantise`, and so are the others; the least signal-to-noise ratio has no effect.
+
+    Raises:
+        UserError: as `quantise`.
+    """
+    options = options or Int8Options()
+    return _calibrated(_quantiser(model, options), samples, options, progress)[0]
+
+
+def quantise_calibrated(
+    model: onnx.ModelProto, calibration: Calibration, options: Int8Options | None = None
+) -> Int8Result:
+    """Quantise a model as `quantise` does, by what data have said already.
+
+    Args:
+        model: the model that was calibrated.
+        calibration: of all its layers but, at most, those excluded here.
+        options: how to quantise; method and cache have no effect.
+
+    Raises:
+        UserError: as `quantise`.
+    """
+    options = options or Int8Options()
+    return _result(_quantiser(model, options), calibration, options, [])
 
 
 @dataclass
@@ -178,6 +203,19 @@ class _Quantiser:
         return _written(working, self.source)
 
 
+def _quantiser(model: onnx.ModelProto, options: Int8Options) -> _Quantiser:
+    """Return what quantises the layers of a model that are not excluded, after checking that there are some."""
+    named = with_node_names(model)
+    _require_plain_fp32(named)
+    excluded = selected_names(((node.name, metadata_of(node)) for node in named.graph.node), options.exclude, "exclude")
+    plan = plan_layers(ir.from_proto(named).graph, excluded=excluded, attention=options.attention)
+    if not plan.layers:
+        raise UserError(
+            "the ONNX model has no convolution or linear layer with constant weights left to quantise. Drop INT8."
+        )
+    return _Quantiser(named, plan)
+
+
 def _drop_unread(graph: ir.Graph, source: onnx.ModelProto) -> None:
     """Remove the weights that have another form now; what nothing read before stays."""
     read = {name for node in source.graph.node for name in node.input}
@@ -202,12 +240,15 @@ def _written(working: ir.Model, source: onnx.ModelProto) -> onnx.ModelProto:
 
 def _calibrated(
     quantiser: _Quantiser,
-    samples: CalibrationSamples,
-    method: CalibrationMethod,
+    samples: CalibrationSamples | Iterable[Mapping[str, np.ndarray]],
     options: Int8Options,
     progress: Callable[[int], None] | None,
 ) -> tuple[Calibration, list[str]]:
     """Return the calibration of a model's layers: from the cache, or from the data, with a look at the noise."""
+    method = method_named(options.method)
+    if not isinstance(samples, CalibrationSamples):
+        source = quantiser.source
+        samples = calibration_samples(samples, inputs=input_shapes(source), types=input_types(source))
     layers = quantiser.plan.layers
     cache, notes = None, list[str]()
     if options.cache is not None and samples.repeatable:

@@ -22,7 +22,9 @@ class _Backbone(nn.Module):
     def __init__(self, blocks: Sequence[int], stem_width: int, base_width: int) -> None:
         super().__init__()
         names = [f"{layer}{index}" for index in (1, 2, 3) for layer in ("conv", "bn", "relu")]
-        self.prefix = nn.Sequential(OrderedDict(zip(names, deep_stem(stem_width, nn.BatchNorm2d), strict=True)))
+        self.prefix = nn.Sequential(
+            OrderedDict(zip(names, deep_stem((stem_width, stem_width, 2 * stem_width), nn.BatchNorm2d), strict=True))
+        )
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)
         self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
             2 * stem_width,

@@ -13,7 +13,7 @@ from typing import TypedDict
 import torch
 from torch import nn
 
-from edgeattn.models.resnet import EXPANSION
+from edgeattn.models.resnet import EXPANSION, deep_stem
 
 
 @dataclass(frozen=True)
@@ -151,7 +151,11 @@ class ClassifierResNet(nn.Module):
         between: tuple[str, Callable[[int], nn.Module]] | None = None,
     ) -> None:
         super().__init__()
-        self.conv1 = _deep_stem((*stem, base_width)) if stem else nn.Conv2d(3, base_width, 7, 2, 3, bias=False)
+        self.conv1 = (
+            nn.Sequential(*deep_stem((*stem, base_width), nn.BatchNorm2d)[:-2])
+            if stem
+            else nn.Conv2d(3, base_width, 7, 2, 3, bias=False)
+        )
         self.bn1 = nn.BatchNorm2d(base_width)
         self.maxpool = nn.MaxPool2d(3, 2, padding=0 if ceil_pool else 1, ceil_mode=ceil_pool)
         self.trunk: list[str] = []
@@ -187,13 +191,3 @@ class ClassifierResNet(nn.Module):
             x = self.get_submodule(name)(x)
         scores: torch.Tensor = self.fc(x.mean(dim=(2, 3)))
         return scores
-
-
-def _deep_stem(widths: Sequence[int]) -> nn.Sequential:
-    """Return 3x3 convolutions to the given channels, the first one strided, with norms and ReLUs between them."""
-    layers: list[nn.Module] = []
-    before, stride = 3, 2
-    for width in widths:
-        layers += [nn.Conv2d(before, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU()]
-        before, stride = width, 1
-    return nn.Sequential(*layers[:-2])

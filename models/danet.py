@@ -28,7 +28,7 @@ class _Backbone(nn.Module):
     ) -> None:
         super().__init__()
         if deep:
-            *convolutions, norm, _ = deep_stem(stem_width, nn.BatchNorm2d)
+            *convolutions, norm, _ = deep_stem((stem_width, stem_width, 2 * stem_width), nn.BatchNorm2d)
             stem: nn.Module = nn.Sequential(*convolutions)
             channels = 2 * stem_width
         else:

@@ -42,7 +42,7 @@ class EMANet(nn.Module):
         base_width: int = 64,
     ) -> None:
         super().__init__()
-        *convolutions, norm, relu = deep_stem(stem_width, nn.BatchNorm2d)
+        *convolutions, norm, relu = deep_stem((stem_width, stem_width, 2 * stem_width), nn.BatchNorm2d)
         last = [2, *(4 * grids[index] for index in range(1, blocks[3]))]
         stages = make_stages(
             2 * stem_width, base_width, blocks, nn.BatchNorm2d, dilations=(1, 1, contracted(2, blocks[2]), last)

@@ -25,7 +25,7 @@ class ResNetV1c(nn.Module):
 
     def __init__(self, blocks: Sequence[int], base_width: int) -> None:
         super().__init__()
-        self.stem = nn.Sequential(*deep_stem(base_width // 2, nn.BatchNorm2d))
+        self.stem = nn.Sequential(*deep_stem((base_width // 2, base_width // 2, base_width), nn.BatchNorm2d))
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1)
         self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
             base_width,

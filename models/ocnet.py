@@ -43,7 +43,11 @@ class _OCNet(nn.Module):
         dsn_activation: str = "leaky_relu",
     ) -> None:
         super().__init__()
-        stem = [layer for layer in deep_stem(stem_width, _linear_norm) if not isinstance(layer, nn.ReLU)]
+        stem = [
+            layer
+            for layer in deep_stem((stem_width, stem_width, 2 * stem_width), _linear_norm)
+            if not isinstance(layer, nn.ReLU)
+        ]
         self.conv1, self.bn1, self.conv2, self.bn2, self.conv3, self.bn3 = stem
         self.relu = nn.ReLU()
         self.maxpool = nn.MaxPool2d(3, stride=2, padding=1, ceil_mode=True)

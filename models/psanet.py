@@ -43,7 +43,9 @@ class PSANet(nn.Module):
         base_width: int = 64,
     ) -> None:
         super().__init__()
-        self.layer0 = nn.Sequential(*deep_stem(stem_width, nn.BatchNorm2d), nn.MaxPool2d(3, stride=2, padding=1))
+        self.layer0 = nn.Sequential(
+            *deep_stem((stem_width, stem_width, 2 * stem_width), nn.BatchNorm2d), nn.MaxPool2d(3, stride=2, padding=1)
+        )
         self.layer1, self.layer2, self.layer3, self.layer4 = make_stages(
             2 * stem_width, base_width, blocks, nn.BatchNorm2d
         )

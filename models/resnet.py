@@ -108,16 +108,18 @@ def make_stages(
     return stages
 
 
-def deep_stem(width: int, norm: Norm) -> list[nn.Module]:
-    """Build the stem of three 3x3 convolutions, the first of stride 2, each with normalisation and ReLU.
+def deep_stem(widths: Sequence[int], norm: Norm) -> list[nn.Module]:
+    """Build a stem of 3x3 convolutions, the first of stride 2, each with normalisation and ReLU.
 
     Args:
-        width: channels of the first two convolutions; the third has twice as many.
+        widths: channels of each convolution.
         norm: makes a normalisation layer for a number of channels.
     """
     layers: list[nn.Module] = []
-    for inputs, outputs, stride in ((3, width, 2), (width, width, 1), (width, 2 * width, 1)):
-        layers += [nn.Conv2d(inputs, outputs, 3, stride=stride, padding=1, bias=False), norm(outputs), nn.ReLU()]
+    before, stride = 3, 2
+    for width in widths:
+        layers += [nn.Conv2d(before, width, 3, stride=stride, padding=1, bias=False), norm(width), nn.ReLU()]
+        before, stride = width, 1
     return layers
 
 

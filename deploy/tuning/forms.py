@@ -2,21 +2,17 @@
 
 from __future__ import annotations
 
-import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
-from pathlib import Path
 
 import onnx
-import onnx_ir as ir
 
 from edgeattn.deploy.tuning.modules import Module
 from edgeattn.deploy.tuning.search import Assignment
-from edgeattn.export.calibration import Batch, CalibrationSamples
-from edgeattn.export.calibration_cache import Calibration, CalibrationCache
+from edgeattn.export.calibration import CalibrationSamples
+from edgeattn.export.calibration_cache import Calibration
 from edgeattn.export.fp16 import Fp16Result, to_fp16
-from edgeattn.export.int8 import Int8Options, quantise
-from edgeattn.export.int8_layers import plan_layers
+from edgeattn.export.int8 import Int8Options, calibrate, quantise_calibrated
 from edgeattn.export.ranges import MeasuredRanges
 
 EVERY_LAYER = float("-inf")
@@ -58,23 +54,7 @@ class Surroundings:
         return repr((self.keep_fp32, self.ranges and sorted(self.ranges.tensors.items())))
 
 
-class _Calibrated(CalibrationSamples):
-    """Calibration samples of which only the results are left; reading them again would be a defect."""
-
-    def __init__(self, known: KnownCalibration) -> None:
-        super().__init__(self._refuse, {}, "the calibration of all layers", 0)
-        self._known = known
-
-    @property
-    def fingerprint(self) -> str:
-        return self._known.fingerprint
-
-    @staticmethod
-    def _refuse() -> Iterator[Batch]:
-        raise RuntimeError("an assignment was calibrated anew: its calibration was looked for under another key")
-
-
-def calibrate(
+def known_calibration(
     model: onnx.ModelProto,
     samples: CalibrationSamples,
     options: Int8Options,
@@ -85,30 +65,15 @@ def calibrate(
 
     Args:
         model: FP32 graph with unique node names.
-        samples: calibration data that can be read more than once.
-        options: method, attention and the folder of the cache, which must be given.
+        samples: calibration data.
+        options: method, attention and the folder of the cache.
         progress: called with the number of batches read so far.
 
     Raises:
         UserError: the graph has no layer with an INT8 form, or the samples cannot be used.
     """
-    assert options.cache is not None
-    whole = Int8Options(
-        method=options.method, attention=options.attention, minimum_snr=EVERY_LAYER, cache=options.cache
-    )
-    quantise(model, samples, whole, progress=progress)
-    results, _ = _entry(model, samples.fingerprint, whole).read()
-    if results is None:
-        raise RuntimeError(f"the calibration in {options.cache} was looked for under another key")
+    results = calibrate(model, samples, options, progress=progress)
     return KnownCalibration(results, samples.fingerprint, options.method, options.attention)
-
-
-def _entry(model: onnx.ModelProto, fingerprint: str, options: Int8Options) -> CalibrationCache:
-    """Return the entry under which `quantise` looks for the calibration of its layers."""
-    assert options.cache is not None
-    plan = plan_layers(ir.from_proto(model).graph, excluded=options.exclude, attention=options.attention)
-    parts = (model.SerializeToString(deterministic=True), fingerprint, options.method, plan.layers)
-    return CalibrationCache(options.cache, parts)
 
 
 @dataclass(frozen=True)
@@ -157,7 +122,5 @@ class FormMaker:
         known = self.calibration
         assert known is not None
         exclude = [node.name for node in self.model.graph.node if node.name not in chosen]
-        with tempfile.TemporaryDirectory() as folder:
-            options = Int8Options(exclude, known.method, known.attention, EVERY_LAYER, Path(folder))
-            _entry(self.model, known.fingerprint, options).write(known.results)
-            return quantise(self.model, _Calibrated(known), options).model
+        options = Int8Options(exclude, known.method, known.attention, EVERY_LAYER)
+        return quantise_calibrated(self.model, known.results, options).model

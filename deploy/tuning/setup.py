@@ -11,7 +11,7 @@ from edgeattn.deploy.evidence import load_original
 from edgeattn.deploy.pipeline import ExportRequest, ExportRun, Progress, save_model
 from edgeattn.deploy.tuning.data import JudgedSamples, store_samples
 from edgeattn.deploy.tuning.evaluation import Workbench
-from edgeattn.deploy.tuning.forms import KnownCalibration, Surroundings, calibrate
+from edgeattn.deploy.tuning.forms import KnownCalibration, Surroundings, known_calibration
 from edgeattn.deploy.tuning.modules import Module, modules_of
 from edgeattn.export.block_policies import declared_exclusions
 from edgeattn.export.fp16 import with_operators_named
@@ -114,7 +114,7 @@ class ModuleRun(ExportRun):
             attention=self.request.int8_attention,
             cache=self.request.calibration_cache or self.directory.path / "intermediate" / "calibration",
         )
-        return calibrate(model, self.calibration, options, progress=self.calibrated)
+        return known_calibration(model, self.calibration, options, progress=self.calibrated)
 
     def _judged_samples(self) -> JudgedSamples:
         images = self.request.images
