@@ -14,6 +14,7 @@ COMMANDS = {
     "list": "edgeattn.cli.listing:list_declarations",
     "inspect": "edgeattn.cli.inspect:inspect",
     "export": "edgeattn.cli.export:export",
+    "split": "edgeattn.cli.split:split",
     "compare": "edgeattn.cli.compare:compare",
     "segment": "edgeattn.cli.segment:segment",
     "report": "edgeattn.cli.report:report",

@@ -8,9 +8,10 @@ from pathlib import Path
 import onnx
 import torch
 
+from edgeattn.deploy.two_graphs import save_graphs
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.to_onnx import to_onnx
-from edgeattn.foundation import UserError, atomic_path
+from edgeattn.foundation import UserError
 from edgeattn.models.can import CAN
 
 _EPISODES, _SUPPORTS, _CLASSES, _QUERIES = 2, 4, 3, 5
@@ -36,13 +37,13 @@ class FewShotGraphs:
         Args:
             folder: where to; created when missing.
         """
-        paths = []
-        for name, graph in (("embed", self.embed), ("compare", self.compare)):
-            target = folder / f"{name}.onnx"
-            with atomic_path(target) as temporary:
-                onnx.save(graph, str(temporary))
-            paths.append(target)
-        return paths[0], paths[1]
+        embed, compare = save_graphs(self.by_name, folder, "fp32")
+        return embed.path, compare.path
+
+    @property
+    def by_name(self) -> dict[str, onnx.ModelProto]:
+        """Both graphs by the names of their files."""
+        return {"embed": self.embed, "compare": self.compare}
 
 
 def few_shot_graphs(model: CAN, size: tuple[int, int], *, opset: int = DEFAULT_OPSET) -> FewShotGraphs:

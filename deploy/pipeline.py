@@ -55,8 +55,11 @@ Progress = Callable[[str, int, int], None]
 CALIBRATION_COUNT = 64
 """Bundled images that INT8 is calibrated on."""
 
-RANGE_COUNT = 16
-"""Calibration batches on which it is measured what FP16 and BF16 cannot hold; peaks settle soon, and have a margin."""
+RANGE_COUNT = 8
+"""Calibration batches on which it is measured what FP16 and BF16 cannot hold.
+
+Peaks settle soon: of the bundled models no tensor exceeds on 64 images twice what it reaches on 8, and the margin is 4.
+"""
 
 PLUGIN_HOSTS = ("cpp", "python")
 """What runs the plugins in TensorRT: the C++ library, or Python ahead-of-time plugins (10.15 and later)."""

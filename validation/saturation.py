@@ -18,7 +18,8 @@ KERNEL_UNIT = 2.0**-24
 Kernels compute 0.5 + an odd function, or exp(z - max), so that a result of 1e-8 may be all error. FP16 results have the
 same floor: its subnormal numbers are 2^-24 apart."""
 
-_PASSED_BY_SIGMOID = frozenset(("Cast", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+_PASSED_BY_SIGMOID = frozenset(("Cast", "Identity", "ReduceMean", "Reshape", "Squeeze", "Transpose", "Unsqueeze"))
+"""Layout operators, and the mean: that of y (1 - y) is at most what the mean of y gives."""
 _PASSED_BY_SOFTMAX = frozenset(("Cast", "Identity"))
 _LOWEST, _HIGHEST = 2.0**-126, 1 - 2.0**-25
 
@@ -54,7 +55,7 @@ class Condition:
 
 
 def squashed_outputs(graph: onnx.GraphProto) -> tuple[Squashing, ...]:
-    """Find the outputs of a graph that come from a Sigmoid or Softmax, with at most layout operators behind it."""
+    """Find the outputs of a graph that come from a Sigmoid or Softmax, with nothing behind it but what passes them."""
     producers = {name: node for node in graph.node for name in node.output}
     found = []
     for output in graph.output:

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,12 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from edgeattn.deploy.pipeline import save_model
-from edgeattn.export.calibration_statistics import lean_session
-from edgeattn.export.fp16 import to_fp16
+from edgeattn.deploy.two_graphs import fp16_graphs, save_graphs
 from edgeattn.export.opsets import DEFAULT_OPSET
-from edgeattn.export.precision_types import FP16
-from edgeattn.export.ranges import measure_ranges
 from edgeattn.export.surgery import inline_plugins
 from edgeattn.export.to_onnx import to_onnx
 from edgeattn.foundation import UserError
@@ -50,6 +45,17 @@ COMBINATIONS = {combination.name: combination for combination in (MEAN, GROUP)}
 """By name; the first one is what the paper's tests do, the second the group form of its journal version."""
 
 
+def combination_named(name: str) -> Combination:
+    """Return the combination called `name`.
+
+    Raises:
+        UserError: there is none; the message lists them.
+    """
+    if name not in COMBINATIONS:
+        raise UserError(f"unknown combination {name!r}. Choose {' or '.join(COMBINATIONS)}.")
+    return COMBINATIONS[name]
+
+
 @dataclass(frozen=True)
 class VideoGraphs:
     """The two graphs of a video segmenter.
@@ -78,12 +84,13 @@ class VideoGraphs:
         Args:
             folder: where to; created when missing.
         """
-        ending = ".onnx" if self.precision == "fp32" else f".{self.precision}.onnx"
-        save_model(self.attention, folder / f"attention.plugin{ending}")
-        return (
-            save_model(self.encoder, folder / f"encoder{ending}"),
-            save_model(inline_plugins(self.attention), folder / f"attention{ending}"),
-        )
+        encoder, attention, *_ = save_graphs(self.by_name, folder, self.precision)
+        return encoder.path, attention.path
+
+    @property
+    def by_name(self) -> dict[str, onnx.ModelProto]:
+        """Both graphs by the names of their files."""
+        return {"encoder": self.encoder, "attention": self.attention}
 
     def fp16(self, frames: Iterable[np.ndarray] = ()) -> VideoGraphs:
         """Return the FP16 form of both graphs.
@@ -92,18 +99,15 @@ class VideoGraphs:
             frames: typical frames (1, 3, height, width), preprocessed, on which it is measured what FP16 cannot hold;
                 only declared policies decide when none are given.
         """
-        encoder, attention = None, None
-        if images := [{"frames": frame} for frame in frames]:
-            encoder = measure_ranges(self.encoder, images, FP16)
-            session = lean_session(copy.deepcopy(self.encoder))
-            features = [session.run(["features"], image)[0] for image in images]
+        group = list(frames)
+
+        def feeds(features: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
             count = _shape(self.attention.graph.input[1])[1] or len(features)
-            references = np.stack([features[index % len(features)][0] for index in range(count)])[None]
-            pairs = ({"target_features": feature, "reference_features": references} for feature in features)
-            attention = measure_ranges(self.attention, pairs, FP16)
-        halves = to_fp16(self.encoder, ranges=encoder), to_fp16(self.attention, ranges=attention)
-        notes = tuple(dict.fromkeys(note for half in halves for note in half.notes))
-        return VideoGraphs(halves[0].model, halves[1].model, "fp16", notes)
+            references = features[np.arange(count) % len(features)][None]
+            return ({"target_features": one[None], "reference_features": references} for one in features)
+
+        encoder, attention, notes = fp16_graphs(self.encoder, self.attention, [group] if group else (), feeds)
+        return VideoGraphs(encoder, attention, "fp16", notes)
 
 
 def video_graphs(
@@ -126,7 +130,7 @@ def video_graphs(
     Raises:
         UserError: no reference.
     """
-    _require_references(references)
+    require_references(references)
     encoder = to_onnx(
         model,
         [torch.zeros(_BATCH, 3, *size)],
@@ -169,7 +173,7 @@ def whole_graph(
     Raises:
         UserError: no reference.
     """
-    _require_references(references)
+    require_references(references)
     return inline_plugins(
         to_onnx(
             model,
@@ -195,7 +199,12 @@ class _Heads(nn.Module):
         return mask
 
 
-def _require_references(references: int | None) -> None:
+def require_references(references: int | None) -> None:
+    """Refuse a number of references below 1; None stands for any number.
+
+    Raises:
+        UserError: there is no reference.
+    """
     if references is not None and references < 1:
         raise UserError(f"{references} references are asked for. Give at least 1; 5 are published.")
 

@@ -15,7 +15,7 @@ from edgeattn.deploy.evidence import BUNDLED, checkpoint_path
 from edgeattn.deploy.masks import OVERLAY, write_mask, write_overlay
 from edgeattn.deploy.pipeline import Progress
 from edgeattn.deploy.video.comparison import compare_with_whole
-from edgeattn.deploy.video.graphs import COMBINATIONS, MEAN, Combination, video_graphs
+from edgeattn.deploy.video.graphs import MEAN, combination_named, video_graphs
 from edgeattn.deploy.video.segmenter import VideoSegmenter, network_input, resized_probability
 from edgeattn.deploy.video.source import Video
 from edgeattn.export.run_directory import versions
@@ -97,7 +97,9 @@ def segment_video(source: Path, output: Path, request: VideoRequest, *, progress
     """
     started = time.perf_counter()
     move = progress or (lambda stage, done, total: None)
-    combination = _combination(request)
+    if request.precision not in PRECISIONS:
+        raise UserError(f"unknown precision {request.precision!r}. Choose {' or '.join(PRECISIONS)}.")
+    combination = combination_named(request.combination)
     spec, checkpoint, network = _network(request)
     if source.is_dir() and output.resolve() == source.resolve():
         raise UserError(f"the masks would replace the frames in {source}. Choose another folder with -o.")
@@ -214,15 +216,6 @@ class _Masks:
         self.pixels += labels.size
         self.object_pixels += int(labels.sum())
         return labels.astype(np.uint8)
-
-
-def _combination(request: VideoRequest) -> Combination:
-    """Return the combination that is asked for, after checking the settings of one of several values."""
-    if request.precision not in PRECISIONS:
-        raise UserError(f"unknown precision {request.precision!r}. Choose {' or '.join(PRECISIONS)}.")
-    if request.combination not in COMBINATIONS:
-        raise UserError(f"unknown combination {request.combination!r}. Choose {' or '.join(COMBINATIONS)}.")
-    return COMBINATIONS[request.combination]
 
 
 def _network(request: VideoRequest) -> tuple[ModelSpec, Path, COSNet]:

@@ -1,0 +1,122 @@
+"""Every declared network at its published size, from a checkpoint in published names to verified FP32 ONNX.
+
+`python benchmarks/zoo_export.py [NAMES]` runs `edgeattn export` on each network with random weights, in a process of
+its own, and writes time, peak memory and parity to benchmarks/results/zoo_export.json after each network; what is
+recorded there already is not repeated (delete the file to begin anew). A network that forgot its image would pass any
+comparison, so it is also recorded how far the outputs of two images lie apart.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import torch
+from official_export import THREADS, trained_like, write_photos
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from edgeattn.export.calibration import image_files, read_image
+from edgeattn.export.run_directory import versions
+from edgeattn.foundation import write_text
+from edgeattn.models import MODELS, ModelSpec, Sample
+from edgeattn.models.checkpoint import COUNTER, save_checkpoint
+
+RESULTS = Path(__file__).parent / "results" / "zoo_export.json"
+
+
+def published_state(spec: ModelSpec) -> dict[str, torch.Tensor]:
+    """Return random weights in the first published layout, as a checkpoint of the authors would hold them."""
+    state = trained_like(spec.name).state_dict()
+    layout = spec.layouts[0]
+    shapes = layout.published_shapes()
+    if shapes is None:
+        return state
+    filler = {name: torch.zeros(shape) for name, shape in shapes.items()}
+    return {
+        name: state.get(layout.renamed(name), filler[name]).reshape(shape)
+        for name, shape in shapes.items()
+        if not name.endswith(COUNTER)
+    }
+
+
+def distance(spec: ModelSpec, file: Path, images: Path) -> float:
+    """Return the relative L2 distance of the first output between two images (or groups of images)."""
+    session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
+    files = image_files(images)
+    count = len(spec.inputs)
+    first, second = (
+        session.run(
+            None,
+            spec.network_inputs(
+                Sample(tuple(read_image(file, spec.size) for file in files[start : start + count]), None)
+            ),
+        )[0]
+        for start in (0, count)
+    )
+    return float(np.linalg.norm(first - second) / np.linalg.norm(first))
+
+
+def measure(spec: ModelSpec, images: Path, folder: Path) -> dict[str, object]:
+    """Export one network; returns what it took and what was found."""
+    checkpoint, run = folder / f"{spec.name}.safetensors", folder / spec.name
+    save_checkpoint(published_state(spec), checkpoint, {"origin": "random"})
+    command = [sys.executable, "-m", "edgeattn.cli.main", "export", str(checkpoint), "--model", spec.name]
+    command += ["--images", str(images), "--samples", "1", "--threads", str(THREADS), "-o", str(run)]
+    start = time.monotonic()
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stderr is not None
+        message = process.stderr.read()
+        _, status, usage = os.wait4(process.pid, 0)
+        process.returncode = os.waitstatus_to_exitcode(status)
+    entry: dict[str, object] = {
+        "size": list(spec.size),
+        "layout": spec.layouts[0].name,
+        "seconds": round(time.monotonic() - start, 1),
+        "peak_gib": round(usage.ru_maxrss / 2**20, 2),
+        "exit_status": process.returncode,
+    }
+    if not (run / "parity.json").is_file():
+        return {**entry, "error": message[-500:]}
+    (form,) = json.loads((run / "parity.json").read_text())["forms"]
+    outputs = {name: float(f"{output['worst_relative_l2']:.2e}") for name, output in form["outputs"].items()}
+    return {
+        **entry,
+        "verdict": form["verdict"],
+        "relative_l2": outputs,
+        "distance_of_two_images": float(f"{distance(spec, run / 'model.onnx', images):.2e}"),
+        "onnx_mib": round((run / "model.onnx").stat().st_size / 2**20, 1),
+        "nodes": form["facts"]["nodes"],
+    }
+
+
+def main() -> None:
+    """Measure every network that is not recorded yet, and print the table."""
+    record = json.loads(RESULTS.read_text()) if RESULTS.is_file() else {"networks": {}}
+    names = sys.argv[1:] or [spec.name for spec in MODELS if spec.checkpoint is None]
+    with tempfile.TemporaryDirectory(prefix="edgeattn-zoo-") as name:
+        images = write_photos(Path(name) / "images", 2 * max(len(spec.inputs) for spec in MODELS), seed=1)
+        for network in track([name for name in names if name not in record["networks"]], "networks"):
+            with tempfile.TemporaryDirectory(prefix="edgeattn-zoo-") as folder:
+                record["networks"][network] = measure(MODELS.get(network), images, Path(folder))
+            record |= {"measured_on": f"CPU, {THREADS} threads", "versions": versions()}
+            write_text(RESULTS, json.dumps(record, indent=1) + "\n")
+    table = Table("network", "size", "seconds", "peak GiB", "verdict", "relative L2", title="FP32 export (CPU)")
+    for network, entry in record["networks"].items():
+        worst = max(entry.get("relative_l2", {}).values(), default="–")
+        size = "x".join(map(str, entry["size"]))
+        verdict = entry.get("verdict", "error")
+        table.add_row(network, size, *(str(each) for each in (entry["seconds"], entry["peak_gib"], verdict, worst)))
+    Console().print(table)
+
+
+if __name__ == "__main__":
+    main()
