@@ -7,10 +7,12 @@ import sys
 
 import pytest
 import torch
+from PIL import Image
 
 from edgeattn.cli.main import main
 from edgeattn.models import MODELS
 from edgeattn.models.checkpoint import save_checkpoint
+from edgeattn.validation.randomise import randomise
 
 BUNDLED = str(MODELS.get("ccnet-digits").checkpoint)
 
@@ -97,3 +99,20 @@ def test_models_are_listed_with_task_size_and_layouts(run):
     assert status == 0
     for part in ("segmentation, 769x769, weights: official", "32x32 only", "object segmentation", "weights: mmseg"):
         assert part in out
+
+
+def test_a_network_of_other_classes_is_exported_and_compared_without_naming_it(run, tmp_path):
+    variant = "ccnet-digits:num_classes=4"
+    weights = save_checkpoint(randomise(MODELS.get(variant).build(), seed=2), tmp_path / "own.safetensors", {})
+    images = tmp_path / "images"
+    images.mkdir()
+    for index, sample in enumerate(MODELS.get("ccnet-digits").samples(2)):
+        Image.fromarray(sample.images[0]).save(images / f"{index}.png")
+    status, out, err = run("export", weights, "--images", images, "--size", "64x80", "-o", tmp_path / "run")
+    assert (status, err) == (0, "")
+    assert f"model: {variant}, certain" in out
+    facts = json.loads((tmp_path / "run" / "parity.json").read_text())
+    assert (facts["model"], len(facts["classes"])) == (variant, 4)
+    status, out, _ = run("compare", weights, tmp_path / "run" / "model.onnx", "--images", images)
+    assert status == 0
+    assert "PASS" in out
