@@ -24,9 +24,10 @@ def split(
     layout: options.Layout = None,
     size: options.Size = None,
     fp16: Annotated[bool, typer.Option("--fp16", help="Also write FP16 graphs.")] = False,
+    int8: Annotated[bool, typer.Option("--int8", help="Also write INT8 graphs (INT8 layers, FP16 rest).")] = False,
     calibration: Annotated[
         Path | None,
-        typer.Option(help="Images or .npz on which FP16's ranges are measured; bundled training images by default."),
+        typer.Option(help="Images or .npz for INT8 and for FP16's ranges; bundled training images by default."),
     ] = None,
     references: Annotated[
         int | None, typer.Option(min=1, help="COSNet: references that the attention takes; any number by default.")
@@ -54,6 +55,7 @@ def split(
         layout=layout,
         size=parse_size(size) if size else None,
         fp16=fp16,
+        int8=int8,
         calibration=calibration,
         references=references,
         combination=combination,

@@ -31,7 +31,7 @@ def video(
     size: Annotated[str | None, typer.Option(help="HEIGHTxWIDTH of the network; the model's own by default.")] = None,
     overlay: Annotated[bool, typer.Option("--overlay", help="Also write frames with their masks on top.")] = False,
     precision: Annotated[
-        str, typer.Option(help=f"{' or '.join(PRECISIONS)}; FP16 is emulated, with rounding after each operation.")
+        str, typer.Option(help=f"{' or '.join(PRECISIONS)}; FP16 is emulated, INT8 calibrated on frames of the video.")
     ] = PRECISIONS[0],
     compared: Annotated[
         int, typer.Option("--compare", min=0, help="Frames on which the whole network is timed too; 0 for none.")

@@ -1,21 +1,27 @@
-"""What networks of two graphs share: the names of their files, and their FP16 forms."""
+"""What networks of two graphs share: the names of their files, and their forms in FP16 and INT8."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnx
+from torch import nn
 
-from edgeattn.deploy.pipeline import save_model
+from edgeattn.deploy.pipeline import RANGE_COUNT, save_model
+from edgeattn.export.block_policies import declared_exclusions
+from edgeattn.export.calibration import MINIMUM, CalibrationSamples, input_shapes, input_types
 from edgeattn.export.calibration_statistics import lean_session
 from edgeattn.export.fp16 import to_fp16
+from edgeattn.export.int8 import Int8Options, NothingToQuantiseError, quantise
 from edgeattn.export.precision_types import FP16
 from edgeattn.export.ranges import measure_ranges
 from edgeattn.export.surgery import inline_plugins
+from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN
 
 Arrays = Mapping[str, np.ndarray]
@@ -27,8 +33,8 @@ class GraphFile:
 
     Attributes:
         graph: name of the graph.
-        path: the file, `GRAPH[.plugin][.fp16].onnx`.
-        precision: "fp32" or "fp16".
+        path: the file, `GRAPH[.plugin][.PRECISION].onnx`.
+        precision: "fp32", "fp16" or "int8".
         plugin: it holds nodes of domain `edgeattn`.
     """
 
@@ -44,7 +50,7 @@ def save_graphs(graphs: Mapping[str, onnx.ModelProto], folder: Path, precision: 
     Args:
         graphs: plugin form by name.
         folder: where to; created when missing.
-        precision: "fp32" or "fp16".
+        precision: "fp32", "fp16" or "int8".
 
     Returns:
         The files, those in standard operators first.
@@ -65,30 +71,89 @@ def save_graphs(graphs: Mapping[str, onnx.ModelProto], folder: Path, precision: 
     )
 
 
-def fp16_graphs(
-    first: onnx.ModelProto,
-    second: onnx.ModelProto,
-    groups: Iterable[Sequence[np.ndarray]] = (),
-    feeds: Callable[[np.ndarray], Iterable[Arrays]] = lambda features: (),
-) -> tuple[onnx.ModelProto, onnx.ModelProto, tuple[str, ...]]:
-    """Return the FP16 forms of two graphs, and what a user should read about them.
+@dataclass(frozen=True)
+class TypicalUse:
+    """Images on which reduced precision is calibrated; features are computed anew by every loop over them.
 
-    Args:
-        first: turns images into features.
-        second: takes features.
-        groups: typical images (1, 3, height, width), preprocessed, in groups that are used together, on which it is
-            measured what FP16 cannot hold; only declared policies decide when none are given.
+    Attributes:
+        groups: typical images, each (1, 3, height, width) and preprocessed, in groups that are used together.
         feeds: inputs of the second graph by name, from the features (images, channels, h, w) of a group.
     """
-    of_first, of_second = None, None
-    if kept := [list(group) for group in groups]:
+
+    groups: Sequence[Sequence[np.ndarray]]
+    feeds: Callable[[np.ndarray], Iterable[Arrays]]
+
+    def of_first(self, first: onnx.ModelProto, groups: int | None = None) -> Iterator[Arrays]:
+        """Yield inputs of the graph that takes images, of so many groups at most."""
+        (takes,) = first.graph.input
+        return ({takes.name: image} for group in self.groups[:groups] for image in group)
+
+    def of_second(self, first: onnx.ModelProto, groups: int | None = None) -> Iterator[Arrays]:
+        """Yield inputs of the graph that takes features."""
         (takes,), (gives,) = first.graph.input, first.graph.output
-        of_first = measure_ranges(first, ({takes.name: image} for group in kept for image in group), FP16)
         session = lean_session(copy.deepcopy(first))
+        for group in self.groups[:groups]:
+            features = [session.run([gives.name], {takes.name: image})[0] for image in group]
+            yield from self.feeds(np.concatenate(features))
 
-        def features(group: Sequence[np.ndarray]) -> np.ndarray:
-            return np.concatenate([session.run([gives.name], {takes.name: image})[0] for image in group])
 
-        of_second = measure_ranges(second, (feed for group in kept for feed in feeds(features(group))), FP16)
-    halves = to_fp16(first, ranges=of_first), to_fp16(second, ranges=of_second)
-    return halves[0].model, halves[1].model, tuple(dict.fromkeys(note for half in halves for note in half.notes))
+def reduced_graphs(
+    precision: str, graphs: Mapping[str, onnx.ModelProto], use: TypicalUse | None, network: nn.Module
+) -> tuple[dict[str, onnx.ModelProto], tuple[str, ...]]:
+    """Return both graphs in a reduced precision, and what a user should read about them.
+
+    Args:
+        precision: "fp16", or "int8" with FP16 around it.
+        graphs: FP32 form by name: the graph that takes images, then the one that takes features.
+        use: typical images; None where there are none, so that only declared policies decide what stays FP32. INT8
+            needs them.
+        network: what was exported; its blocks may keep layers out of INT8.
+
+    Raises:
+        UserError: no layer of either graph has a good INT8 form.
+    """
+    first, _ = graphs.values()
+    reduced, notes, bare = {}, list[str](), list[str]()
+    for name, graph in graphs.items():
+        batches = _batches(use, first, of_first=graph is first)
+        ranges = measure_ranges(graph, batches(RANGE_COUNT), FP16) if batches else None
+        working = graph
+        if precision == "int8":
+            assert batches is not None
+            try:
+                quantised = quantise(graph, _samples(graph, batches), Int8Options(exclude=_excluded(network, graph)))
+                working = quantised.model
+                notes += quantised.notes
+            except NothingToQuantiseError as error:
+                bare.append(name)
+                notes.append(f"{name} has no INT8 layer: {error}")
+        half = to_fp16(working, ranges=ranges)
+        reduced[name] = half.model
+        notes += half.notes
+    if len(bare) == len(graphs):
+        raise UserError(f"neither graph has an INT8 form. {notes[0]}")
+    return reduced, tuple(dict.fromkeys(notes))
+
+
+_Batches = Callable[[int | None], Iterator[Arrays]]
+
+
+def _batches(use: TypicalUse | None, first: onnx.ModelProto, *, of_first: bool) -> _Batches | None:
+    if use is None:
+        return None
+    return functools.partial(use.of_first if of_first else use.of_second, first)
+
+
+def _samples(graph: onnx.ModelProto, batches: _Batches) -> CalibrationSamples:
+    return CalibrationSamples(
+        lambda: map(dict, batches(None)),
+        input_shapes(graph),
+        "the typical images",
+        MINIMUM,
+        types=input_types(graph),
+    )
+
+
+def _excluded(network: nn.Module, graph: onnx.ModelProto) -> tuple[str, ...]:
+    """Return what blocks keep out of INT8; a graph of a part of the network has the network's paths below `network`."""
+    return declared_exclusions(network, graph) + declared_exclusions(nn.ModuleDict({"network": network}), graph)

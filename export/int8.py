@@ -30,6 +30,10 @@ MINIMUM_SNR = 24.0
 """Least signal-to-noise ratio, in dB, of a layer's result in INT8: noise of a sixteenth of the signal's size."""
 
 
+class NothingToQuantiseError(UserError):
+    """No layer of a model has an INT8 form, or a good enough one."""
+
+
 @dataclass(frozen=True)
 class Int8Options:
     """How to quantise.
@@ -105,8 +109,9 @@ def quantise(
         Q/DQ nodes carry the metadata of the operator that they serve; a Gemm layer becomes MatMul and Add.
 
     Raises:
-        UserError: the model is quantised or FP16 already, has no layer to quantise, `exclude` names something unknown,
-            the method is unknown, or the samples are too few or do not fit.
+        NothingToQuantiseError: the model has no layer to quantise, or none that is good enough.
+        UserError: the model is quantised or FP16 already, `exclude` names something unknown, the method is unknown, or
+            the samples are too few or do not fit.
     """
     options = options or Int8Options()
     quantiser = _quantiser(model, options)
@@ -210,7 +215,7 @@ def _quantiser(model: onnx.ModelProto, options: Int8Options) -> _Quantiser:
     excluded = selected_names(((node.name, metadata_of(node)) for node in named.graph.node), options.exclude, "exclude")
     plan = plan_layers(ir.from_proto(named).graph, excluded=excluded, attention=options.attention)
     if not plan.layers:
-        raise UserError(
+        raise NothingToQuantiseError(
             "the ONNX model has no convolution or linear layer with constant weights left to quantise. Drop INT8."
         )
     return _Quantiser(named, plan)
@@ -310,7 +315,7 @@ def _result(quantiser: _Quantiser, calibration: Calibration, options: Int8Option
     }
     if not layers:
         best = max(noise.values())
-        raise UserError(
+        raise NothingToQuantiseError(
             f"no layer of the ONNX model reaches a signal-to-noise ratio of {options.minimum_snr:g} dB in INT8 (the "
             f"best has {best:.1f} dB). Use FP16, or give calibration data that is typical for the model."
         )

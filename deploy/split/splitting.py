@@ -6,7 +6,6 @@ import json
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
-from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +14,11 @@ import onnx
 from onnx import helper
 
 from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original
-from edgeattn.deploy.pipeline import RANGE_COUNT, Progress, save_model
+from edgeattn.deploy.pipeline import CALIBRATION_COUNT, Progress, save_model
 from edgeattn.deploy.sizes import refuse_size
 from edgeattn.deploy.split.chain import Episode, joined
 from edgeattn.deploy.split.schemes import SCHEMES, Scheme
-from edgeattn.deploy.two_graphs import Arrays, GraphFile, fp16_graphs, save_graphs
+from edgeattn.deploy.two_graphs import Arrays, GraphFile, TypicalUse, reduced_graphs, save_graphs
 from edgeattn.export.model_file import load_model
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.run_directory import versions
@@ -47,8 +46,9 @@ class SplitRequest:
         layout: published layout of the weights; the one whose names fit when None.
         size: (height, width) of the images; the model's own when None.
         fp16: write FP16 graphs too.
-        calibration: folder of images or .npz on which it is measured what FP16 cannot hold; the model's bundled
-            training images when None, and declared policies alone where it has none.
+        int8: write INT8 graphs too, with FP16 around the INT8 layers.
+        calibration: folder of images or .npz on which INT8 is calibrated and it is measured what FP16 cannot hold; the
+            model's bundled training images when None. INT8 needs one of them.
         references: number of references that COSNet's attention takes; any number when None.
         combination: how COSNet's references make one mask, a name of `COMBINATIONS`; the mean when None.
         images: folder of images to judge parity on; the model's held-out samples when None.
@@ -62,6 +62,7 @@ class SplitRequest:
     layout: str | None = None
     size: tuple[int, int] | None = None
     fp16: bool = False
+    int8: bool = False
     calibration: Path | None = None
     references: int | None = None
     combination: str | None = None
@@ -101,6 +102,7 @@ def split_network(request: SplitRequest, output: Path, *, progress: Progress | N
     samples = EvaluationSamples(spec, request.images, size, request.sample_count)
     episodes = tuple(scheme.episodes(spec, load_original(spec, checkpoint, loaded.layout), **choices))
     groups = list(_typical_images(request, spec, size))
+    precisions = [name for name, asked in (("fp16", request.fp16), ("int8", request.int8)) if asked]
     move("export", 0, 1)
     graphs = scheme.export(network, size, request.opset or DEFAULT_OPSET, **choices)
     move("export", 1, 1)
@@ -108,11 +110,12 @@ def split_network(request: SplitRequest, output: Path, *, progress: Progress | N
     remove_leftovers(output)
     files = save_graphs(graphs, output, "fp32")
     notes: list[str] = []
-    if request.fp16:
-        move("fp16", 0, 1)
-        halves, notes = _halved(graphs, groups, episodes, spec)
-        files += save_graphs(halves, output, "fp16")
-        move("fp16", 1, 1)
+    for precision in precisions:
+        move(precision, 0, 1)
+        reduced, found = reduced_graphs(precision, graphs, _typical_use(graphs, groups, episodes), network)
+        files += save_graphs(reduced, output, precision)
+        notes += [*(() if groups else (_UNMEASURED.format(spec.name),)), *found]
+        move(precision, 1, 1)
     parities = {episode.name: _judge(episode, files, samples, request.threads, move) for episode in episodes}
     record = {
         "format": FORMAT,
@@ -128,7 +131,7 @@ def split_network(request: SplitRequest, output: Path, *, progress: Progress | N
         "evaluation": request.images.name if request.images else "held-out samples",
         "parity": {name: parity.as_dict() for name, parity in parities.items()},
         "measured_on": next(iter(parities.values())).status,
-        "notes": notes,
+        "notes": list(dict.fromkeys(notes)),
         "versions": versions(),
     }
     write_text(output / RECORD, json.dumps(record, indent=1, allow_nan=False) + "\n")
@@ -153,11 +156,12 @@ def _choices(request: SplitRequest, spec: ModelSpec, scheme: Scheme) -> dict[str
 
 
 def _typical_images(request: SplitRequest, spec: ModelSpec, size: tuple[int, int]) -> Iterator[Sequence[np.ndarray]]:
-    """Yield the network inputs of calibration samples; none where FP16 is not asked for or there is no such data."""
-    if not request.fp16:
+    """Yield the network inputs of calibration samples; none where there are no such data or FP32 alone is asked for."""
+    if not (request.fp16 or request.int8):
         if request.calibration is not None:
             raise UserError(
-                f"calibration data is given ({request.calibration}), but no FP16 form. Add --fp16 or drop it."
+                f"calibration data is given ({request.calibration}), but no FP16 or INT8 form. Add --fp16 or --int8, "
+                "or drop it."
             )
         return
     batches: Iterator[Mapping[str, np.ndarray]] = iter(())
@@ -165,29 +169,31 @@ def _typical_images(request: SplitRequest, spec: ModelSpec, size: tuple[int, int
         shapes = dict.fromkeys(spec.inputs, spec.input_shape(1, size))
         batches = iter(model_data(request.calibration, spec, size, shapes))
     elif spec.calibration is not None:
-        batches = (spec.network_inputs(sample.resized(size)) for sample in spec.calibration(RANGE_COUNT))
-    for batch in islice(batches, RANGE_COUNT):
+        batches = (spec.network_inputs(sample.resized(size)) for sample in spec.calibration(CALIBRATION_COUNT))
+    elif request.int8:
+        raise UserError(
+            f"INT8 needs real images, and none are bundled with {spec.name}. Give a folder of images or an .npz file "
+            "with --calibration."
+        )
+    for batch in batches:
         yield [batch[name] for name in spec.inputs]
 
 
-def _halved(
-    graphs: Mapping[str, onnx.ModelProto],
-    groups: Sequence[Sequence[np.ndarray]],
-    episodes: Sequence[Episode],
-    spec: ModelSpec,
-) -> tuple[dict[str, onnx.ModelProto], list[str]]:
-    """Return the FP16 graphs by name, and what a user should read about them."""
-    first, second = graphs.values()
+def _typical_use(
+    graphs: Mapping[str, onnx.ModelProto], groups: Sequence[Sequence[np.ndarray]], episodes: Sequence[Episode]
+) -> TypicalUse | None:
+    _, second = graphs.values()
 
     def feeds(features: np.ndarray) -> Iterator[Arrays]:
         return (episode.feed(second, features) for episode in episodes)
 
-    *halves, notes = fp16_graphs(first, second, groups, feeds)
-    unmeasured = (
-        f"no data is bundled with {spec.name}, so only declared policies decide what stays FP32. Give typical images "
-        "with --calibration to measure it."
-    )
-    return dict(zip(graphs, halves, strict=True)), [*(() if groups else (unmeasured,)), *notes]
+    return TypicalUse(groups, feeds) if groups else None
+
+
+_UNMEASURED = (
+    "no data is bundled with {}, so only declared policies decide what stays FP32. Give typical images with "
+    "--calibration to measure it."
+)
 
 
 def _judge(

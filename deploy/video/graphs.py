@@ -11,7 +11,8 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from edgeattn.deploy.two_graphs import fp16_graphs, save_graphs
+from edgeattn.deploy.two_graphs import TypicalUse, reduced_graphs, save_graphs
+from edgeattn.export.calibration import MINIMUM, require_minimum
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.surgery import inline_plugins
 from edgeattn.export.to_onnx import to_onnx
@@ -66,7 +67,7 @@ class VideoGraphs:
         attention: `target_features` (batch, channels, h, w) and `reference_features` (batch, N, channels, h, w) to
             `mask` (batch, 1, height, width), the object's probability at the size of the frames. Co-attention is a node
             of domain `edgeattn` with its body.
-        precision: "fp32" or "fp16"; inputs and outputs are FP32 either way.
+        precision: "fp32", "fp16" or "int8"; inputs and outputs are FP32 either way.
         notes: what a user should read about the precision.
     """
 
@@ -78,8 +79,8 @@ class VideoGraphs:
     def save(self, folder: Path) -> tuple[Path, Path]:
         """Write the graphs and return the paths of the encoder and of the attention in standard operators.
 
-        FP32 graphs are `encoder.onnx`, `attention.onnx` and, with its plugin node, `attention.plugin.onnx`; FP16 graphs
-        have `.fp16` before the ending.
+        FP32 graphs are `encoder.onnx`, `attention.onnx` and, with its plugin node, `attention.plugin.onnx`; others have
+        `.fp16` or `.int8` before the ending.
 
         Args:
             folder: where to; created when missing.
@@ -92,22 +93,30 @@ class VideoGraphs:
         """Both graphs by the names of their files."""
         return {"encoder": self.encoder, "attention": self.attention}
 
-    def fp16(self, frames: Iterable[np.ndarray] = ()) -> VideoGraphs:
-        """Return the FP16 form of both graphs.
+    def reduced(self, precision: str, frames: Iterable[np.ndarray] = (), *, network: nn.Module) -> VideoGraphs:
+        """Return both graphs in a reduced precision.
 
         Args:
-            frames: typical frames (1, 3, height, width), preprocessed, on which it is measured what FP16 cannot hold;
-                only declared policies decide when none are given.
+            precision: "fp16", or "int8" with FP16 around it.
+            frames: typical frames (1, 3, height, width), preprocessed, on which INT8 is calibrated and it is measured
+                what FP16 cannot hold; only declared policies decide about FP16 when none are given.
+            network: what was exported.
+
+        Raises:
+            UserError: too few frames for INT8.
         """
         group = list(frames)
+        if precision == "int8":
+            require_minimum(len(group), MINIMUM, "the frames")
 
         def feeds(features: np.ndarray) -> Iterator[dict[str, np.ndarray]]:
             count = _shape(self.attention.graph.input[1])[1] or len(features)
             references = features[np.arange(count) % len(features)][None]
             return ({"target_features": one[None], "reference_features": references} for one in features)
 
-        encoder, attention, notes = fp16_graphs(self.encoder, self.attention, [group] if group else (), feeds)
-        return VideoGraphs(encoder, attention, "fp16", notes)
+        use = TypicalUse([group], feeds) if group else None
+        graphs, notes = reduced_graphs(precision, self.by_name, use, network)
+        return VideoGraphs(**graphs, precision=precision, notes=notes)
 
 
 def video_graphs(

@@ -26,8 +26,11 @@ from edgeattn.models.cosnet import COSNet
 from edgeattn.models.published import load_published
 from edgeattn.validation.report import palette
 
-PRECISIONS = ("fp32", "fp16")
+PRECISIONS = ("fp32", "fp16", "int8")
 """What the graphs may compute in."""
+
+CALIBRATION_FRAMES = 16
+"""Frames, evenly spaced, that reduced precision is calibrated on."""
 
 REFERENCES = 5
 """References of the published evaluation."""
@@ -50,7 +53,8 @@ class VideoRequest:
         combination: how the references make one mask, a name of `COMBINATIONS`.
         size: (height, width) that frames are resized to for the network; the model's own when None.
         overlay: also write the frames with their masks on top.
-        precision: "fp32", or "fp16", which is emulated on a CPU.
+        precision: "fp32", "fp16", which is emulated on a CPU, or "int8" with FP16 around it, calibrated on frames of
+            the video.
         compared: frames on which the whole network is timed too, in FP32; none when 0.
         threads: ONNX Runtime's threads within an operation.
     """
@@ -108,8 +112,10 @@ def segment_video(source: Path, output: Path, request: VideoRequest, *, progress
     size = request.size or spec.size
     move("export", 0, 1)
     graphs = video_graphs(network, size, references=len(chosen), combination=combination)
-    if request.precision == "fp16":
-        graphs = graphs.fp16(network_input(spec, frame.pixels, size) for frame in video.chosen(chosen))
+    if request.precision != PRECISIONS[0]:
+        typical = sorted({*chosen, *reference_indices(len(video), min(CALIBRATION_FRAMES, len(video)))})
+        frames = (network_input(spec, frame.pixels, size) for frame in video.chosen(typical))
+        graphs = graphs.reduced(request.precision, frames, network=network)
     remove_leftovers(output)
     paths = graphs.save(output / "graphs")
     move("export", 1, 1)
@@ -238,4 +244,4 @@ def _network(request: VideoRequest) -> tuple[ModelSpec, Path, COSNet]:
 def _not_compared(request: VideoRequest) -> str:
     if request.compared == 0:
         return "not asked for"
-    return "not timed: FP16 is emulated on a CPU, so its times say nothing"
+    return "not timed: FP16 is emulated on a CPU, so that times say nothing"

@@ -96,7 +96,7 @@ def few_shot(weights: Path, images: Path, tmp_path_factory: pytest.TempPathFacto
 @pytest.fixture(scope="module")
 def video(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("video")
-    options = ("--model", "cosnet-digits", "--size", FRAMES, "--samples", 4, "--fp16")
+    options = ("--model", "cosnet-digits", "--size", FRAMES, "--samples", 4, "--fp16", "--int8")
     result = split("bundled", *options, "-o", folder)
     assert result.exit_code == 0, result.output
     return folder
@@ -184,6 +184,7 @@ def test_a_video_network_has_plugin_forms_too(video: Path) -> None:
     assert [entry["file"] for entry in record["graphs"]] == [
         *(f"{name}.onnx" for name in names),
         *(f"{name}.fp16.onnx" for name in names),
+        *(f"{name}.int8.onnx" for name in names),
     ]
     for entry in record["graphs"]:
         domains = {node.domain for node in onnx.load(video / entry["file"]).graph.node}
@@ -192,7 +193,9 @@ def test_a_video_network_has_plugin_forms_too(video: Path) -> None:
     assert record["graphs"][1]["inputs"][1]["shape"][:3] == ["batch", "references", 48]
     assert list(record["parity"]) == ["1 reference", "3 references"]
     for parity in record["parity"].values():
-        assert [entry["form"]["name"] for entry in parity["forms"]] == ["fp32", "fp32 plugin", "fp16", "fp16 plugin"]
+        assert [entry["form"]["name"] for entry in parity["forms"]] == [
+            *("fp32", "fp32 plugin", "fp16", "fp16 plugin", "int8", "int8 plugin")
+        ]
         assert parity["original"]["value"] > 0.5  # it finds digits: background alone reaches less
         for entry in parity["forms"]:
             assert entry["verdict"] == "PASS"
@@ -330,8 +333,9 @@ def test_what_cannot_be_split(refused: Callable[..., str], weights: Path, images
     with pytest.raises(UserError, match=r"0\.png is a file\. Give a folder"):
         split_network(SplitRequest("cosnet-digits"), images / "0.png")
     assert "unknown combination 'median'. Choose mean or group" in refused(*pair, "--combination", "median")
-    assert "no FP16 form. Add --fp16" in refused(*pair, "--calibration", images)
+    assert "no FP16 or INT8 form. Add --fp16" in refused(*pair, "--calibration", images)
     assert "opset 9 is not supported" in refused(*pair, "--opset", 9)
     assert "10 images, but the model takes 6 at a time" in refused(
         *few, "--images", images, "--fp16", "--calibration", images
     )
+    assert "INT8 needs real images" in refused(*few, "--images", images, "--int8")

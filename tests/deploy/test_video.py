@@ -125,7 +125,7 @@ def test_both_graphs_are_the_group_form(whole: original.COSNet, frames: torch.Te
 
 
 def test_fp16_labels_as_the_original(graphs: VideoGraphs, whole: original.COSNet, frames: torch.Tensor) -> None:
-    half = graphs.fp16([frame[None].numpy() for frame in frames[:3]])
+    half = graphs.reduced("fp16", [frame[None].numpy() for frame in frames[:3]], network=trained())
     assert half.precision == "fp16"
     targets, references = frames[:2], torch.stack([frames[2:5], frames[3:6]])
     found = run(emulate_fp16(half.encoder), emulate_fp16(half.attention), targets, references)
@@ -138,7 +138,8 @@ def test_fp16_labels_as_the_original(graphs: VideoGraphs, whole: original.COSNet
 
 def test_saved_graphs(graphs: VideoGraphs, tmp_path: Path) -> None:
     assert [path.name for path in graphs.save(tmp_path)] == ["encoder.onnx", "attention.onnx"]
-    assert [path.name for path in graphs.fp16().save(tmp_path)] == ["encoder.fp16.onnx", "attention.fp16.onnx"]
+    half = graphs.reduced("fp16", network=trained())
+    assert [path.name for path in half.save(tmp_path)] == ["encoder.fp16.onnx", "attention.fp16.onnx"]
     plugins = {
         path.name: [node.op_type for node in onnx.load(path).graph.node if node.domain == DOMAIN]
         for path in tmp_path.iterdir()
