@@ -291,6 +291,7 @@ class ExportRun:
         request = self.request
         settings = {
             "forms": [[form.name, form.precision, form.plugin] for form in forms],
+            "declaration": self.spec.fingerprint,
             "samples": len(self.samples),
             "size": list(self.size),
             "extra_sizes": [list(size) for size in request.extra_sizes],
@@ -353,6 +354,7 @@ class ExportRun:
         opset = self.request.opset or (self.target.opset if self.target else DEFAULT_OPSET)
         settings = {
             "model": self.spec.name,
+            "declaration": self.spec.fingerprint,
             "layout": self.loaded.layout,
             "size": list(self.size),
             "dynamic": self.request.dynamic,

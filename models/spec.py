@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
@@ -232,6 +233,12 @@ class ModelSpec:
     def align_corners(self) -> bool:
         """Whether the label rule resizes logits with aligned corners; a keyword of the rule, and true by default."""
         return bool(getattr(self.labels, "keywords", {}).get("align_corners", True))
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 of what a user may declare otherwise and results depend on: arguments, classes, preprocessing."""
+        parts = (sorted(self.arguments.items()), self.classes, self.preprocessing, self.align_corners)
+        return hashlib.sha256(repr(parts).encode()).hexdigest()
 
     @property
     def image_axes(self) -> dict[int, str]:

@@ -10,10 +10,13 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
 
 from edgeattn.blocks.recognition import Shapes
 from edgeattn.foundation import Registry, UserError
+from edgeattn.foundation.tables import user_file
+from edgeattn.models.own import DEFAULT_FILE, VARIABLE, read_own_models
 from edgeattn.models.spec import ModelSpec
 
 ALIGN_CORNERS = "align_corners"
@@ -25,17 +28,57 @@ _WORDS = {"true": True, "false": False}
 
 
 class ModelRegistry(Registry[ModelSpec]):
-    """Declared networks; their variants are found by name too, but are no members."""
+    """Declared networks and the user's own models; their variants are found by name too, but are no members."""
 
     def get(self, name: str) -> ModelSpec:
         """Return the declaration called `name`, or the variant that is written so.
 
         Raises:
-            UserError: there is no such network, it has no such argument, or the value is of another kind.
+            UserError: there is no such network, it has no such argument, the value is of another kind, or the user's
+                file cannot be used.
         """
-        base, mark, changes = name.partition(_MARK)
-        spec = super().get(base)
-        return variant(spec, _parsed(spec, changes)) if mark else spec
+        declared = super().get
+        return _resolved(name, lambda base: declared(base) if base in self._members else self._own_or(declared, base))
+
+    def __iter__(self) -> Iterator[ModelSpec]:
+        yield from super().__iter__()
+        yield from self._own().values()
+
+    def __len__(self) -> int:
+        return super().__len__() + len(self._own())
+
+    def __contains__(self, name: object) -> bool:
+        return super().__contains__(name) or name in self._own()
+
+    def _own_or(self, otherwise: Callable[[str], ModelSpec], name: str) -> ModelSpec:
+        return self._own().get(name) or otherwise(name)
+
+    def _own(self) -> Mapping[str, ModelSpec]:
+        """Return the models of the user's file, by name."""
+        path = user_file(VARIABLE, DEFAULT_FILE)
+        if path is None:
+            return {}
+        own = _read(path, functools.partial(_resolved, find=super().get))
+        if taken := [name for name in own if name in self._members]:
+            raise UserError(f"[model.{taken[0]}] in {path} has the name of a declared network. Rename it.")
+        return own
+
+
+def _resolved(name: str, find: Callable[[str], ModelSpec]) -> ModelSpec:
+    """Return the network called `name`, or the variant that is written so of the one that is found."""
+    base, mark, changes = name.partition(_MARK)
+    spec = find(base)
+    return variant(spec, _parsed(spec, changes)) if mark else spec
+
+
+_FILES: dict[Path, Mapping[str, ModelSpec]] = {}
+
+
+def _read(path: Path, base_of: Callable[[str], ModelSpec]) -> Mapping[str, ModelSpec]:
+    """Read a user's file once."""
+    if path not in _FILES:
+        _FILES[path] = read_own_models(path, base_of, with_classes)
+    return _FILES[path]
 
 
 def numbered_classes(count: int) -> tuple[str, ...]:
@@ -46,8 +89,8 @@ def numbered_classes(count: int) -> tuple[str, ...]:
 def variant(spec: ModelSpec, changes: Mapping[str, object]) -> ModelSpec:
     """Return the declaration of a network that is constructed with other arguments.
 
-    Bundled weights and samples do not fit a network of other shapes, which has none. Other classes than the declared
-    ones are numbered.
+    A network of other shapes has no bundled weights and samples, and no published listing. Other classes than the
+    declared ones are numbered.
 
     Args:
         spec: the declared network.
@@ -66,11 +109,25 @@ def variant(spec: ModelSpec, changes: Mapping[str, object]) -> ModelSpec:
     if changes.get(_CLASSES) and len(spec.classes) == known[_CLASSES]:
         fields["classes"] = numbered_classes(int(str(changes[_CLASSES])))
     if any(name in spec.told for name in changes):
-        fields |= {"checkpoint": None, "samples": None, "calibration": None}
+        layouts = tuple(dataclasses.replace(layout, listing=None) for layout in spec.layouts)
+        fields |= {"checkpoint": None, "samples": None, "calibration": None, "layouts": layouts}
     own = {name: value for name, value in changes.items() if name != ALIGN_CORNERS}
     fields["arguments"] = {**spec.arguments, **own}
     written = _AND.join(f"{name}{_IS}{_written(value)}" for name, value in changes.items())
     return dataclasses.replace(spec, name=f"{spec.name}{_MARK}{written}", **fields)  # type: ignore[arg-type]
+
+
+def with_classes(spec: ModelSpec, count: int) -> ModelSpec:
+    """Return the variant of a network that tells so many classes apart.
+
+    Raises:
+        UserError: the number of its classes is not that of its last layer's rows, and another one.
+    """
+    if len(spec.classes) == count:
+        return spec
+    if _arguments(spec).get(_CLASSES) != len(spec.classes):
+        raise UserError(f"{spec.name} has {len(spec.classes)} classes, not {count}. Name as many.")
+    return variant(spec, {_CLASSES: count})
 
 
 def variant_of_shapes(spec: ModelSpec, shapes: Shapes) -> ModelSpec:

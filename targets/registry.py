@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import functools
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 
-from edgeattn.foundation import UserError
+from edgeattn.foundation.tables import user_file
 from edgeattn.targets.catalogue import Catalogue
 from edgeattn.targets.combination import load
 from edgeattn.targets.spec import Sm, Target
@@ -22,27 +21,13 @@ DEFAULT_FILE = Path("~/.config/edgeattn/targets.toml")
 """The user's own file where the variable is not set."""
 
 
-def user_file() -> Path | None:
-    """Return the user's own targets file: what the variable names, else the default one if it exists.
-
-    Raises:
-        UserError: the variable names what is not a file.
-    """
-    if (named := os.environ.get(VARIABLE)) is not None:
-        if named and not Path(named).is_file():
-            raise UserError(f"{VARIABLE} names {named}, which is not a file. Correct the variable, or unset it.")
-        return Path(named) if named else None
-    default = Path(os.path.expanduser(DEFAULT_FILE))  # noqa: PTH111  (Path.expanduser raises where there is no home)
-    return default if default.is_file() else None
-
-
 def catalogue() -> Catalogue:
     """Return everything that the table of this package and the user's own file declare.
 
     Raises:
         UserError: the user's file cannot be read or used.
     """
-    return _load(user_file())
+    return _load(user_file(VARIABLE, DEFAULT_FILE))
 
 
 @functools.cache

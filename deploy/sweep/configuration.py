@@ -19,26 +19,34 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import re
-import sys
 from collections import Counter
-from collections.abc import Callable, Mapping
-from dataclasses import MISSING, dataclass, field, fields
+from collections.abc import Mapping
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from edgeattn.deploy.bundle import GOLDEN_COUNT, NOT_STATED
 from edgeattn.deploy.device.engines import BACKENDS
 from edgeattn.deploy.evidence import BUNDLED
 from edgeattn.export.calibration_methods import DEFAULT_METHOD, method_named
 from edgeattn.foundation import UserError
+from edgeattn.foundation.tables import (
+    COUNT,
+    SIZE,
+    TEXT,
+    TEXTS,
+    TRUTH,
+    Reader,
+    key,
+    number,
+    read_table,
+    read_toml,
+    refuse_unknown,
+    several,
+)
 from edgeattn.models import MODELS
 from edgeattn.targets import TARGETS
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
 
 PRECISIONS = ("fp32", "fp16", "bf16", "int8")
 TENSORRT = "tensorrt"
@@ -48,60 +56,14 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 _HINT = "`edgeattn sweep --example` shows all keys."
 
 
-def _kind(reader: Callable[[Any], Any], default: Any = MISSING) -> Any:
-    """Declare a key: what reads its value (None says: not of this type), and its default."""
-    if default is MISSING:
-        return field(metadata={"reader": reader})
-    return field(default=default, metadata={"reader": reader})
-
-
-def _text(value: Any) -> str | None:
-    return value if isinstance(value, str) and value else None
-
-
-def _truth(value: Any) -> bool | None:
-    return value if isinstance(value, bool) else None
-
-
-def _count(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value > 0 else None
-
-
 def _duration(value: Any) -> float | None:
-    return float(value) if isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0 else None
+    seconds = number(value)
+    return seconds if seconds is not None and seconds >= 0 else None
 
 
-def _size(value: Any) -> Size | None:
-    if not isinstance(value, list) or len(value) != 2:
-        return None
-    height, width = value
-    return (height, width) if _count(height) and _count(width) and 16 <= min(value) <= max(value) <= 16384 else None
-
-
-def _several(reader: Callable[[Any], Any]) -> Callable[[Any], Any]:
-    """Return a reader of a list without repetitions of what another one reads."""
-
-    def read(value: Any) -> tuple[Any, ...] | None:
-        if not isinstance(value, list) or not value:
-            return None
-        members = tuple(reader(member) for member in value)
-        return members if None not in members and len(set(members)) == len(members) else None
-
-    return read
-
-
-_WANTED: dict[Callable[[Any], Any], str] = {
-    _text: "a text",
-    _truth: "true or false",
-    _count: "a whole number above 0",
-    _duration: "a number of seconds",
-}
-_texts, _truths, _sizes = _several(_text), _several(_truth), _several(_size)
-_WANTED |= {
-    _texts: "a list of different texts",
-    _truths: "a list such as [false, true]",
-    _sizes: "a list of different [height, width] of 16 to 16384 pixels, such as [[64, 80], [128, 160]]",
-}
+_SECONDS = Reader(_duration, "a number of seconds")
+_TRUTHS = several(TRUTH, "a list such as [false, true]")
+_SIZES = several(SIZE, "a list of different [height, width] of 16 to 16384 pixels, such as [[64, 80], [128, 160]]")
 
 
 @dataclass(frozen=True)
@@ -114,9 +76,9 @@ class Matrix:
         sizes: (height, width) of the inputs; each model's own when None.
     """
 
-    precisions: tuple[str, ...] = _kind(_texts, ("fp32", "fp16"))
-    plugins: tuple[bool, ...] = _kind(_truths, (False,))
-    sizes: tuple[Size, ...] | None = _kind(_sizes, None)
+    precisions: tuple[str, ...] = key(TEXTS, ("fp32", "fp16"))
+    plugins: tuple[bool, ...] = key(_TRUTHS, (False,))
+    sizes: tuple[Size, ...] | None = key(_SIZES, None)
 
 
 @dataclass(frozen=True)
@@ -133,13 +95,13 @@ class Checkpoint:
         calibration: images or .npz for INT8 and ranges; bundled training images when None.
     """
 
-    name: str = _kind(_text)
-    model: str = _kind(_text)
-    path: str = _kind(_text, BUNDLED)
-    layout: str | None = _kind(_text, None)
-    sizes: tuple[Size, ...] | None = _kind(_sizes, None)
-    images: str | None = _kind(_text, None)
-    calibration: str | None = _kind(_text, None)
+    name: str = key(TEXT)
+    model: str = key(TEXT)
+    path: str = key(TEXT, BUNDLED)
+    layout: str | None = key(TEXT, None)
+    sizes: tuple[Size, ...] | None = key(_SIZES, None)
+    images: str | None = key(TEXT, None)
+    calibration: str | None = key(TEXT, None)
 
 
 @dataclass(frozen=True)
@@ -151,8 +113,8 @@ class SweepTarget:
         resource: what workers have that stand for it, such as "jetson-orin"; no device is asked when None.
     """
 
-    name: str = _kind(_text)
-    resource: str | None = _kind(_text, None)
+    name: str = key(TEXT)
+    resource: str | None = key(TEXT, None)
 
 
 @dataclass(frozen=True)
@@ -170,14 +132,14 @@ class Options:
         weights_licence: licence of the trained weights.
     """
 
-    samples: int = _kind(_count, 200)
-    golden: int = _kind(_count, GOLDEN_COUNT)
-    bundle: bool = _kind(_truth, True)
-    opset: int | None = _kind(_count, None)
-    fp16_exclude: tuple[str, ...] = _kind(_texts, ())
-    int8_exclude: tuple[str, ...] = _kind(_texts, ())
-    calibration_method: str = _kind(_text, DEFAULT_METHOD)
-    weights_licence: str = _kind(_text, NOT_STATED)
+    samples: int = key(COUNT, 200)
+    golden: int = key(COUNT, GOLDEN_COUNT)
+    bundle: bool = key(TRUTH, True)
+    opset: int | None = key(COUNT, None)
+    fp16_exclude: tuple[str, ...] = key(TEXTS, ())
+    int8_exclude: tuple[str, ...] = key(TEXTS, ())
+    calibration_method: str = key(TEXT, DEFAULT_METHOD)
+    weights_licence: str = key(TEXT, NOT_STATED)
 
 
 @dataclass(frozen=True)
@@ -192,11 +154,11 @@ class Device:
         warm_up: seconds before.
     """
 
-    engine: str = _kind(_text, TENSORRT)
-    python: str | None = _kind(_text, None)
-    runs: int = _kind(_count, 2000)
-    seconds: float = _kind(_duration, 120.0)
-    warm_up: float = _kind(_duration, 2.0)
+    engine: str = key(TEXT, TENSORRT)
+    python: str | None = key(TEXT, None)
+    runs: int = key(COUNT, 2000)
+    seconds: float = key(_SECONDS, 120.0)
+    warm_up: float = key(_SECONDS, 2.0)
 
 
 @dataclass(frozen=True)
@@ -232,49 +194,27 @@ def read_sweep(path: Path) -> Sweep:
         UserError: the file cannot be read, a key or name in it is unknown, or a value cannot be used; the message names
             it and, where there is one, the nearest that is known.
     """
-    try:
-        content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the sweep {path} ({error}). Check the path.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}. {_HINT}") from error
-    _refuse_unknown(content, ("title", "matrix", "checkpoint", "target", "options", "device"), f"{path}")
+    content = read_toml(path, "sweep", _HINT)
+    refuse_unknown(content, ("title", "matrix", "checkpoint", "target", "options", "device"), f"{path}", _HINT)
     title = content.get("title", path.stem)
-    if _text(title) is None:
+    if TEXT.read(title) is None:
         raise UserError(f"title in {path} is {title!r}, not a text. {_HINT}")
     device = content.get("device")
     sweep = Sweep(
         title=title,
-        matrix=_table(Matrix, content.get("matrix", {}), f"[matrix] in {path}"),
+        matrix=read_table(Matrix, content.get("matrix", {}), f"[matrix] in {path}", _HINT),
         checkpoints=tuple(
-            _absolute(_table(Checkpoint, table, place), path.parent)
+            _absolute(read_table(Checkpoint, table, place, _HINT), path.parent)
             for table, place in _tables(content, "checkpoint", path)
         ),
-        targets=tuple(_table(SweepTarget, table, place) for table, place in _tables(content, "target", path)),
-        options=_table(Options, content.get("options", {}), f"[options] in {path}"),
-        device=None if device is None else _table(Device, device, f"[device] in {path}"),
+        targets=tuple(
+            read_table(SweepTarget, table, place, _HINT) for table, place in _tables(content, "target", path)
+        ),
+        options=read_table(Options, content.get("options", {}), f"[options] in {path}", _HINT),
+        device=None if device is None else read_table(Device, device, f"[device] in {path}", _HINT),
     )
     _check(sweep, path)
     return sweep
-
-
-T = TypeVar("T")
-
-
-def _table(kind: type[T], table: Any, place: str) -> T:
-    """Read one table by the keys that a dataclass declares."""
-    if not isinstance(table, dict):
-        raise UserError(f"{place} is {table!r}, not a table. {_HINT}")
-    keys = {entry.name: entry for entry in fields(kind)}  # type: ignore[arg-type]
-    _refuse_unknown(table, tuple(keys), place)
-    values: dict[str, Any] = {}
-    for name, value in table.items():
-        reader = keys[name].metadata["reader"]
-        if (values.setdefault(name, reader(value))) is None:
-            raise UserError(f"{name} of {place} is {value!r}, not {_WANTED[reader]}. {_HINT}")
-    if missing := [name for name, entry in keys.items() if entry.default is MISSING and name not in values]:
-        raise UserError(f"{place} lacks the key {missing[0]!r}. {_HINT}")
-    return kind(**values)
 
 
 def _tables(content: Mapping[str, Any], name: str, path: Path) -> list[tuple[Any, str]]:
@@ -282,14 +222,6 @@ def _tables(content: Mapping[str, Any], name: str, path: Path) -> list[tuple[Any
     if not isinstance(tables, list) or not tables:
         raise UserError(f"{path} declares no {name}. Add a table [[{name}]]. {_HINT}")
     return [(table, f"[[{name}]] number {number} in {path}") for number, table in enumerate(tables, 1)]
-
-
-def _refuse_unknown(table: Mapping[str, Any], known: tuple[str, ...], place: str) -> None:
-    for name in table:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-            question = f"Did you mean {near[0]!r}?" if near else f"Known are {', '.join(known)}."
-            raise UserError(f"unknown key {name!r} in {place}. {question} {_HINT}")
 
 
 def _absolute(checkpoint: Checkpoint, folder: Path) -> Checkpoint:

@@ -100,6 +100,7 @@ class _Builder:
         # Files count by their content, wherever they are.
         files = {name: getattr(checkpoint, name) for name in ("path", "images", "calibration")}
         judged = {"samples": options.samples}
+        declaration = MODELS.get(checkpoint.model).fingerprint
         common: dict[str, Any] = {"model": checkpoint.model, "layout": checkpoint.layout}
         common |= {"size": list(size), "opset": opset}
         made: dict[str, Task] = {}
@@ -116,6 +117,7 @@ class _Builder:
             """Make a task; it is told what its result is `indifferent` to, which does not count into its key."""
             needed = [made[name] for name in needs]
             read = {name: inputs[name] for name in reads if name in inputs}
+            read["declaration"] = declaration
             key = content_key(STAGES[stage], settings, read, needed, self._versions)
             names = tuple(task.name for task in needed)
             told = {**files, **(indifferent or {}), **settings}

@@ -120,6 +120,7 @@ class ModuleRun(ExportRun):
         images = self.request.images
         source = {
             "model": self.spec.name,
+            "declaration": self.spec.fingerprint,
             "checkpoint": sha256_of(self.checkpoint),
             "images": sha256_of(images) if images else "held-out",
             "size": list(self.size),
