@@ -5,13 +5,14 @@ from __future__ import annotations
 import importlib
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from torch import nn
 
 from edgeattn.export.calibration import image_files, read_image
 from edgeattn.foundation import UserError
-from edgeattn.models import ModelSpec, Sample
+from edgeattn.models import MODELS, ModelSpec, Sample
 from edgeattn.models.checkpoint import read_checkpoint
 from edgeattn.models.published import load_published
 from edgeattn.models.spec import TOP_1
@@ -50,6 +51,24 @@ def load_original(spec: ModelSpec, path: Path, layout: str | None = None) -> nn.
     original: nn.Module = getattr(importlib.import_module(module), name)(**spec.arguments)
     load_published(spec, original, read_checkpoint(path), layout)
     return original.eval()
+
+
+def model_of_run(facts: Mapping[str, Any]) -> ModelSpec:
+    """Return the declaration of the model that a run directory is about.
+
+    Args:
+        facts: what the run recorded about itself.
+
+    Raises:
+        UserError: the model is unknown, or declared otherwise than when it was exported.
+    """
+    spec = MODELS.get(facts["model"])
+    if facts.get("declaration", spec.fingerprint) != spec.fingerprint:
+        raise UserError(
+            f"{spec.name} is declared otherwise than when the run was made: its classes, preprocessing or arguments "
+            "changed. Export it again, or restore the declaration."
+        )
+    return spec
 
 
 class EvaluationSamples:

@@ -566,6 +566,7 @@ class ExportRun:
         """What is run, on what and where."""
         return {
             "model": self.spec.name,
+            "declaration": self.base.fingerprint,
             "checkpoint": self.checkpoint.name,
             "checkpoint_sha256": sha256_of(self.checkpoint),
             "layout": self.loaded.layout,

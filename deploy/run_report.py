@@ -14,11 +14,10 @@ from markupsafe import Markup
 
 from edgeattn.deploy.device.workspace import provenance_digest
 from edgeattn.deploy.device_results import DeviceResults, device_sections, read_results
-from edgeattn.deploy.evidence import EvaluationSamples
+from edgeattn.deploy.evidence import EvaluationSamples, model_of_run
 from edgeattn.deploy.pipeline import Progress
 from edgeattn.export.run_directory import FORMAT, MANIFEST
 from edgeattn.foundation import UserError, sha256_of, write_text
-from edgeattn.models import MODELS
 from edgeattn.models.deployable import Deployment
 from edgeattn.validation.report import render_report
 from edgeattn.validation.report_divergence import divergence_section
@@ -174,7 +173,7 @@ def _ranges(run: Path, manifest: Mapping[str, Any], images: Path | None, progres
     judged_on = facts["evaluation"]
     if images is None and judged_on != "held-out samples":
         return f"ranges of tensors are not measured: the run was judged on {judged_on}. Give that folder with --images."
-    base = MODELS.get(facts["model"])
+    base = model_of_run(facts)
     size = tuple(facts["size"])
     spec = Deployment(facts.get("preprocess", False), facts.get("postprocess")).spec(base)
     samples = EvaluationSamples(spec, images, size, SAMPLES)

@@ -22,10 +22,11 @@ from edgeattn.deploy.device import archive
 from edgeattn.deploy.device import manifest as manifests
 from edgeattn.deploy.device.errors import DeviceError
 from edgeattn.deploy.device.signature import signature_of
+from edgeattn.deploy.evidence import model_of_run
 from edgeattn.deploy.pipeline import Progress
 from edgeattn.export.run_directory import versions
 from edgeattn.foundation import UserError, atomic_path, sha256_of
-from edgeattn.models import MODELS, ModelSpec
+from edgeattn.models import ModelSpec
 from edgeattn.targets import TARGETS, Target
 
 GOLDEN_COUNT = 4
@@ -102,7 +103,7 @@ def make_bundle(request: BundleRequest, progress: Progress | None = None) -> Bun
     if request.private_key is not None:
         read_private_key(request.private_key, request.passphrase)  # an unusable key is refused before the work
     target, run = TARGETS.get(request.target), read_run(request.run)
-    base = MODELS.get(run.facts["model"])
+    base = model_of_run(run.facts)
     spec = deployment_of(run).spec(base)
     checkpoint = checkpoint_of(run, spec, request.checkpoint)
     forms = bundled_forms(run, target, request.axes)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from edgeattn.cli.main import main
+from edgeattn.deploy.evidence import model_of_run
 from edgeattn.foundation import UserError
 from edgeattn.models import MODELS, Preprocessing
 from edgeattn.models.checkpoint import save_checkpoint
@@ -85,7 +86,10 @@ def test_the_example_of_the_readme(declare):
     [
         ("[model.x]\n", "[model.x] in {file} lacks the key 'base'"),
         ('[model.x]\nbase = "ccnet-r102"\n', "[model.x] in {file}: unknown model 'ccnet-r102'"),
-        ('[model.x]\nbase = "ccnet-r101"\nclases = ["a"]\n', "unknown key 'clases' in [model.x] in {file}. Did you mean"),
+        (
+            '[model.x]\nbase = "ccnet-r101"\nclases = ["a"]\n',
+            "unknown key 'clases' in [model.x] in {file}. Did you mean",
+        ),
         ('[model.x]\nbase = "ccnet-r101"\nclasses = ["a", "a"]\n', "not a list of different texts"),
         ('[model.x]\nbase = "ccnet-r101"\nstd = [1, 0, 1]\n', "not a list of three numbers above 0"),
         ('[model.x]\nbase = "ccnet-r101"\nmean = [1, 2]\n', "not a list of three numbers"),
@@ -114,3 +118,12 @@ def test_own_models_are_listed(declare, monkeypatch, capsys):
         main()
     assert exit_.value.code == 0
     assert "CCNet on machine parts" in capsys.readouterr().out
+
+
+def test_a_run_of_a_model_that_was_declared_otherwise_is_refused(declare):
+    declare(PARTS)
+    facts = {"model": "parts", "declaration": MODELS.get("parts").fingerprint}
+    assert model_of_run(facts).name == "parts"
+    declare(PARTS.replace("117", "116"))
+    with pytest.raises(UserError, match="parts is declared otherwise than when the run was made"):
+        model_of_run(facts)
