@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import functools
+import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -69,6 +70,20 @@ def save_graphs(graphs: Mapping[str, onnx.ModelProto], folder: Path, precision: 
             if name in plugins
         ),
     )
+
+
+def remove_others(folder: Path, graphs: Iterable[str], kept: Iterable[GraphFile]) -> None:
+    """Remove files of graphs that an earlier run wrote, say in another precision, and this one did not.
+
+    Args:
+        folder: where they are.
+        graphs: names of the graphs.
+        kept: what stays.
+    """
+    names = {file.path.name for file in kept}
+    for graph, plugin, precision in itertools.product(graphs, ("", ".plugin"), ("", ".fp16", ".int8")):
+        if (name := f"{graph}{plugin}{precision}.onnx") not in names:
+            (folder / name).unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

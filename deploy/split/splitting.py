@@ -18,7 +18,7 @@ from edgeattn.deploy.pipeline import CALIBRATION_COUNT, Progress, save_model
 from edgeattn.deploy.sizes import refuse_size
 from edgeattn.deploy.split.chain import Episode, joined
 from edgeattn.deploy.split.schemes import SCHEMES, Scheme
-from edgeattn.deploy.two_graphs import Arrays, GraphFile, TypicalUse, reduced_graphs, save_graphs
+from edgeattn.deploy.two_graphs import Arrays, GraphFile, TypicalUse, reduced_graphs, remove_others, save_graphs
 from edgeattn.export.model_file import load_model
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.run_directory import versions
@@ -116,6 +116,7 @@ def split_network(request: SplitRequest, output: Path, *, progress: Progress | N
         files += save_graphs(reduced, output, precision)
         notes += [*(() if groups else (_UNMEASURED.format(spec.name),)), *found]
         move(precision, 1, 1)
+    remove_others(output, graphs, files)
     parities = {episode.name: _judge(episode, files, samples, request.threads, move) for episode in episodes}
     record = {
         "format": FORMAT,

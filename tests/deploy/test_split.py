@@ -293,6 +293,7 @@ def test_a_killed_run_leaves_no_record(
         raise KeyboardInterrupt
 
     (tmp_path / "split.json").write_text("{}")
+    (tmp_path / "embed.fp16.onnx").write_text("of an earlier run")
     both = {name: onnx.load(few_shot[0] / f"{name}.onnx") for name in ("embed", "compare")}
     monkeypatch.setattr(schemes, "few_shot_graphs", lambda *_, **__: FewShotGraphs(**both))
     monkeypatch.setattr("edgeattn.deploy.split.splitting.compare_forms", killed)
