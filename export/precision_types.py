@@ -24,6 +24,7 @@ class ReducedType:
         dtype: in graphs.
         numpy: in arrays.
         limit: largest finite number.
+        smallest: smallest number above zero.
         unit: largest relative change of a number in its range that is rounded to it.
         integers: up to this all integers are exact.
         opset: first version of the standard operators whose convolutions, pools and norms take it.
@@ -35,6 +36,7 @@ class ReducedType:
     dtype: ir.DataType
     numpy: np.dtype
     limit: float
+    smallest: float
     unit: float
     integers: int
     opset: int
@@ -60,6 +62,7 @@ FP16 = ReducedType(
     dtype=ir.DataType.FLOAT16,
     numpy=np.dtype(np.float16),
     limit=65504.0,
+    smallest=2.0**-24,
     unit=2.0**-11,
     integers=2048,
     opset=1,
@@ -71,6 +74,7 @@ BF16 = ReducedType(
     dtype=ir.DataType.BFLOAT16,
     numpy=ir.DataType.BFLOAT16.numpy(),
     limit=(2 - 2.0**-7) * 2.0**127,
+    smallest=2.0**-133,
     unit=2.0**-8,
     integers=256,
     opset=22,
@@ -174,24 +178,32 @@ def constant_defect(array: np.ndarray, kind: ReducedType = FP16) -> str | None:
     Infinities are legal. A tensor is refused when a finite number overflows or when every non-zero number vanishes; a
     single number also when rounding changes it by more than the type's `loss`.
     """
-    half = kind.rounded(array)
-    finite = np.isfinite(array)
-    overflowing = finite & np.isinf(half)
-    if np.any(overflowing):
-        return f"{array[overflowing].flat[0]:g} exceeds {kind.limit:g}"
-    nonzero = finite & (array != 0)
-    if np.any(nonzero) and not np.any(half[nonzero]):
-        return f"{np.abs(array[nonzero]).max():g} vanishes"
-    if array.size == 1 and np.any(nonzero):
-        exact, rounded = float(array.item()), float(half.item())
-        if abs(rounded - exact) > kind.loss * abs(exact):
-            return f"{exact:g} becomes {rounded:g}"
+    # Rounding keeps the order of magnitudes, so that the largest finite one decides for all.
+    exact = _largest(array)
+    rounded = float(kind.rounded(np.asarray(exact, array.dtype)))
+    if np.isinf(rounded):
+        return f"{exact:g} exceeds {kind.limit:g}"
+    if exact and not rounded:
+        return f"{abs(exact):g} vanishes"
+    if array.size == 1 and abs(rounded - exact) > kind.loss * abs(exact):
+        return f"{exact:g} becomes {rounded:g}"
     return None
+
+
+def _largest(array: np.ndarray) -> float:
+    """Return the finite number of the largest magnitude; 0 where there is none."""
+    if array.size == 0:
+        return 0.0
+    low, high = float(array.min()), float(array.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        return _largest(array[np.isfinite(array)])
+    return low if -low > high else high
 
 
 def vanishing_count(array: np.ndarray, kind: ReducedType = FP16) -> int:
     """Return how many non-zero numbers become zero in a reduced type."""
-    return int(np.count_nonzero((array != 0) & (np.abs(array) < 1) & (kind.rounded(array) == 0)))
+    small = array[np.abs(array) < kind.smallest]
+    return int(np.count_nonzero((small != 0) & (kind.rounded(small) == 0)))
 
 
 def is_float(value: ir.Value | None) -> bool:
