@@ -35,6 +35,7 @@ bench: .venv/ready
 	$(BIN)/python benchmarks/rewrite_chain.py
 	$(BIN)/python benchmarks/official_size.py
 	$(BIN)/python benchmarks/official_export.py
+	$(BIN)/python benchmarks/zoo_export.py
 
 .venv/ready: pyproject.toml
 	$(PYTHON) -m venv .venv

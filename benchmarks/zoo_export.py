@@ -25,6 +25,7 @@ from rich.progress import track
 from rich.table import Table
 from torch import nn
 
+from edgeattn.deploy.evidence import load_original
 from edgeattn.export.calibration import image_files, read_image
 from edgeattn.export.run_directory import versions
 from edgeattn.foundation import write_text
@@ -34,8 +35,15 @@ from edgeattn.models.checkpoint import COUNTER, save_checkpoint
 RESULTS = Path(__file__).parent / "results" / "zoo_export.json"
 
 
-def normalised(network: nn.Module, spec: ModelSpec) -> nn.Module:
-    """Give the batch normalisations the statistics of two random images, and return the network.
+def feeds(spec: ModelSpec, images: Path) -> list[dict[str, np.ndarray]]:
+    """Return the inputs for two images, or groups of images."""
+    files, count = image_files(images), len(spec.inputs)
+    groups = (files[:count], files[count : 2 * count])
+    return [spec.network_inputs(Sample(tuple(read_image(file, spec.size) for file in group), None)) for group in groups]
+
+
+def normalised(network: nn.Module, spec: ModelSpec, images: Path) -> nn.Module:
+    """Give the batch normalisations the statistics of two images, and return the network.
 
     The cubic units of some networks leave FP32's range with random statistics.
     """
@@ -43,16 +51,19 @@ def normalised(network: nn.Module, spec: ModelSpec) -> nn.Module:
     for norm in norms:
         norm.momentum = 1.0
         norm.train()
-    random = torch.Generator().manual_seed(2)
+    first, second = feeds(spec, images)
     with torch.no_grad():
-        network(*(torch.randn(2, 3, *spec.size, generator=random) for _ in spec.inputs))
+        network(*(torch.from_numpy(np.concatenate([first[name], second[name]])) for name in spec.inputs))
     return network.eval()
 
 
-def published_state(spec: ModelSpec, *, normal: bool) -> dict[str, torch.Tensor]:
-    """Return random weights in the first published layout, as a checkpoint of the authors would hold them."""
+def published_state(spec: ModelSpec, images: Path | None) -> dict[str, torch.Tensor]:
+    """Return random weights in the first published layout, as a checkpoint of the authors would hold them.
+
+    Statistics are random too, or those of images.
+    """
     network = trained_like(spec.name)
-    state = (normalised(network, spec) if normal else network).state_dict()
+    state = (normalised(network, spec, images) if images else network).state_dict()
     layout = spec.layouts[0]
     shapes = layout.published_shapes()
     if shapes is None:
@@ -68,24 +79,24 @@ def published_state(spec: ModelSpec, *, normal: bool) -> dict[str, torch.Tensor]
 def distance(spec: ModelSpec, file: Path, images: Path) -> float:
     """Return the relative L2 distance of the first output between two images (or groups of images)."""
     session = onnxruntime.InferenceSession(file, providers=["CPUExecutionProvider"])
-    files = image_files(images)
-    count = len(spec.inputs)
-    first, second = (
-        session.run(
-            None,
-            spec.network_inputs(
-                Sample(tuple(read_image(file, spec.size) for file in files[start : start + count]), None)
-            ),
-        )[0]
-        for start in (0, count)
-    )
+    first, second = (session.run(None, feed)[0] for feed in feeds(spec, images))
     return float(np.linalg.norm(first - second) / np.linalg.norm(first))
+
+
+def own_error(spec: ModelSpec, checkpoint: Path, images: Path) -> float:
+    """Return how far the original in FP32 is from itself in FP64, as relative L2: what no form can be better than."""
+    original = load_original(spec, checkpoint)
+    inputs = [torch.from_numpy(array) for array in feeds(spec, images)[0].values()]
+    with torch.no_grad():
+        single, double = original(*inputs), original.double()(*(array.double() for array in inputs))
+    first, exact = (output[0] if isinstance(output, tuple) else output for output in (single, double))
+    return float((first.double() - exact).norm() / exact.norm())
 
 
 def measure(spec: ModelSpec, images: Path, folder: Path, *, normal: bool = False) -> dict[str, object]:
     """Export one network; returns what it took and what was found."""
     checkpoint, run = folder / f"{spec.name}.safetensors", folder / spec.name
-    save_checkpoint(published_state(spec, normal=normal), checkpoint, {"origin": "random"})
+    save_checkpoint(published_state(spec, images if normal else None), checkpoint, {"origin": "random"})
     command = [sys.executable, "-m", "edgeattn.cli.main", "export", str(checkpoint), "--model", spec.name]
     command += ["--images", str(images), "--samples", "1", "--threads", str(THREADS), "-o", str(run)]
     start = time.monotonic()
@@ -108,6 +119,8 @@ def measure(spec: ModelSpec, images: Path, folder: Path, *, normal: bool = False
     apart = distance(spec, run / "model.onnx", images)
     if not normal and not np.isfinite(apart):
         return measure(spec, images, folder / "normalised", normal=True)
+    if form["verdict"] != "PASS":
+        entry["original_against_fp64"] = float(f"{own_error(spec, checkpoint, images):.2e}")
     return {
         **entry,
         "normalised": normal,

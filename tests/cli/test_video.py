@@ -72,7 +72,7 @@ def test_what_cannot_be_used(run: Run, frames: Path, tmp_path: Path) -> None:
     fails(frames, words=["5 references", "2 frames", "--references 1 to 2"])
     fails(frames, "--references", 1, output=frames, words=["would replace the frames", str(frames)])
     fails(frames, "--combination", "median", words=["'median'", "mean or group"])
-    fails(frames, "--precision", "int8", words=["'int8'", "fp32 or fp16"])
+    fails(frames, "--precision", "int4", words=["'int4'", "fp32 or fp16"])
     fails(frames, "--size", "64", words=["'64'"])
     fails(tmp_path / "absent.mp4", words=["absent.mp4", "does not exist"])
     fails(frames / "0.png", words=["0.png does not end in", ".mp4", "folder of frames"])
