@@ -27,7 +27,7 @@ from edgeattn.export.run_directory import versions
 from edgeattn.foundation import write_text
 from edgeattn.models import MODELS
 from edgeattn.models.checkpoint import save_checkpoint
-from edgeattn.validation.randomise import randomise
+from edgeattn.validation.randomise import raise_gains, randomise
 
 RESULTS = Path(__file__).parent / "results" / "official_export.json"
 NAMES = ("ccnet-r101", "cosnet-r101")
@@ -49,13 +49,7 @@ def write_photos(folder: Path, count: int, seed: int) -> Path:
 
 def trained_like(name: str) -> torch.nn.Module:
     """Return the network with random weights and gains that keep it from forgetting its input."""
-    network = randomise(MODELS.get(name).build(), seed=1)
-    with torch.no_grad():
-        for module in network.modules():
-            gain = getattr(module, "weight", None)
-            if getattr(module, "running_var", None) is not None and gain is not None:
-                gain.abs_().add_(0.3)
-    return network
+    return raise_gains(randomise(MODELS.get(name).build(), seed=1), by=0.3)
 
 
 def measure(name: str, folder: Path) -> dict[str, object]:

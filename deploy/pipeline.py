@@ -16,6 +16,7 @@ import numpy as np
 import onnx
 import torch
 
+from edgeattn.deploy.calibration_data import calibration_data, unmeasured_note
 from edgeattn.deploy.evidence import (
     BUNDLED,
     EvaluationSamples,
@@ -25,7 +26,7 @@ from edgeattn.deploy.evidence import (
 )
 from edgeattn.deploy.sizes import fixed_size_note, refuse_size
 from edgeattn.export.block_policies import declared_exclusions
-from edgeattn.export.calibration import CalibrationSamples, calibration_samples
+from edgeattn.export.calibration import CalibrationSamples
 from edgeattn.export.calibration_methods import DEFAULT_METHOD, method_named
 from edgeattn.export.fp16 import Fp16Result, to_bf16, to_fp16, with_operators_named
 from edgeattn.export.int8 import Int8Options, quantise
@@ -44,16 +45,12 @@ from edgeattn.models.checkpoint import read_checkpoint
 from edgeattn.models.deployable import Deployment
 from edgeattn.models.published import load_published
 from edgeattn.targets import TARGETS, Target
-from edgeattn.validation.model_data import model_data
 from edgeattn.validation.parity import Form, Parity, compare_forms, compare_sizes
 from edgeattn.validation.rules import rules_digest
 from edgeattn.validation.tolerance import NO_LIMITS, UserLimits
 
 Progress = Callable[[str, int, int], None]
 """Called with the stage's name, the steps done and the steps in all."""
-
-CALIBRATION_COUNT = 64
-"""Bundled images that INT8 is calibrated on."""
 
 RANGE_COUNT = 8
 """Calibration batches on which it is measured what FP16 and BF16 cannot hold.
@@ -420,11 +417,8 @@ class ExportRun:
         result = convert(model, keep_fp32=self.request.fp16_exclude, ranges=ranges)
         if ranges is not None:
             return result, self._range_facts(ranges)
-        note = (
-            f"no data is bundled with {self.spec.name}, so only declared policies decide what stays FP32. Give typical "
-            "images with --calibration to measure it."
-        )
-        return dataclasses.replace(result, notes=(note, *result.notes)), self._range_facts(None)
+        notes = (unmeasured_note(self.spec), *result.notes)
+        return dataclasses.replace(result, notes=notes), self._range_facts(None)
 
     def measured_ranges(self, kind: ReducedType, model: onnx.ModelProto) -> MeasuredRanges | None:
         """Return what the tensors of a form hold on the first calibration batches, measured once for each type.
@@ -540,26 +534,10 @@ class ExportRun:
         return self.directory.path / f"model.plugin{_suffix(precision)}.stripped.onnx"
 
     def _calibration(self) -> CalibrationSamples | None:
-        """Open the calibration images: the user's, or those that come with the model. They are never random.
-
-        INT8 cannot do without them; FP16 and BF16 can.
-        """
+        """Open the calibration images; see `calibration_data`."""
         varies = self.request.dynamic and not self.spec.fixed_size
         shape = self.spec.input_shape(None if self.request.dynamic else 1, (None, None) if varies else self.size)
-        shapes = dict.fromkeys(self.spec.inputs, shape)
-        if self.request.calibration is not None:
-            return model_data(self.request.calibration, self.spec, self.size, shapes)
-        if self.spec.calibration is None and not self.request.int8:
-            return None
-        if self.spec.calibration is None:
-            raise UserError(
-                f"INT8 needs real images, and none are bundled with {self.spec.name}. "
-                "Give a folder of images or an .npz file with --calibration."
-            )
-        bundled = [
-            self.spec.network_inputs(sample.resized(self.size)) for sample in self.spec.calibration(CALIBRATION_COUNT)
-        ]
-        return calibration_samples(bundled, inputs=shapes, types=dict.fromkeys(shapes, self.spec.input_type))
+        return calibration_data(self.spec, self.request.calibration, self.size, shape, int8=self.request.int8)
 
     @property
     def facts(self) -> dict[str, object]:

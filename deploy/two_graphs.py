@@ -20,7 +20,7 @@ from edgeattn.export.calibration_statistics import lean_session
 from edgeattn.export.fp16 import to_fp16
 from edgeattn.export.int8 import Int8Options, NothingToQuantiseError, quantise
 from edgeattn.export.precision_types import FP16
-from edgeattn.export.ranges import measure_ranges
+from edgeattn.export.ranges import MeasuredRanges, measure_ranges
 from edgeattn.export.surgery import inline_plugins
 from edgeattn.foundation import UserError
 from edgeattn.plugins_trt import DOMAIN
@@ -112,51 +112,72 @@ class TypicalUse:
             yield from self.feeds(np.concatenate(features))
 
 
+def typical_ranges(graphs: Mapping[str, onnx.ModelProto], use: TypicalUse | None) -> dict[str, MeasuredRanges | None]:
+    """Return what the tensors of each graph hold in typical use, by name of the graph; None where there is no such use.
+
+    Args:
+        graphs: FP32 form by name: the graph that takes images, then the one that takes features.
+        use: typical images.
+    """
+    batches = _batches(graphs, use)
+    return {
+        name: measure_ranges(graph, batches[name](RANGE_COUNT), FP16) if batches else None
+        for name, graph in graphs.items()
+    }
+
+
 def reduced_graphs(
-    precision: str, graphs: Mapping[str, onnx.ModelProto], use: TypicalUse | None, network: nn.Module
+    precision: str,
+    graphs: Mapping[str, onnx.ModelProto],
+    use: TypicalUse | None,
+    ranges: Mapping[str, MeasuredRanges | None],
+    network: nn.Module,
 ) -> tuple[dict[str, onnx.ModelProto], tuple[str, ...]]:
     """Return both graphs in a reduced precision, and what a user should read about them.
 
     Args:
         precision: "fp16", or "int8" with FP16 around it.
         graphs: FP32 form by name: the graph that takes images, then the one that takes features.
-        use: typical images; None where there are none, so that only declared policies decide what stays FP32. INT8
-            needs them.
+        use: typical images, on which INT8 is calibrated.
+        ranges: of `typical_ranges`; where they are None, only declared policies decide what stays FP32.
         network: what was exported; its blocks may keep layers out of INT8.
 
     Raises:
         UserError: no layer of either graph has a good INT8 form.
     """
-    first, _ = graphs.values()
+    batches = _batches(graphs, use)
     reduced, notes, bare = {}, list[str](), list[str]()
     for name, graph in graphs.items():
-        batches = _batches(use, first, of_first=graph is first)
-        ranges = measure_ranges(graph, batches(RANGE_COUNT), FP16) if batches else None
         working = graph
         if precision == "int8":
-            assert batches is not None
             try:
-                quantised = quantise(graph, _samples(graph, batches), Int8Options(exclude=_excluded(network, graph)))
+                samples = _samples(graph, batches[name])
+                quantised = quantise(graph, samples, Int8Options(exclude=_excluded(network, graph)))
                 working = quantised.model
                 notes += quantised.notes
             except NothingToQuantiseError as error:
-                bare.append(name)
-                notes.append(f"{name} has no INT8 layer: {error}")
-        half = to_fp16(working, ranges=ranges)
+                bare.append(f"{name} has no INT8 layer: {error}")
+                notes.append(bare[-1])
+        half = to_fp16(working, ranges=ranges[name])
         reduced[name] = half.model
         notes += half.notes
     if len(bare) == len(graphs):
-        raise UserError(f"neither graph has an INT8 form. {notes[0]}")
+        raise UserError(f"neither graph has an INT8 form. {bare[0]}")
     return reduced, tuple(dict.fromkeys(notes))
 
 
 _Batches = Callable[[int | None], Iterator[Arrays]]
 
 
-def _batches(use: TypicalUse | None, first: onnx.ModelProto, *, of_first: bool) -> _Batches | None:
+def _batches(graphs: Mapping[str, onnx.ModelProto], use: TypicalUse | None) -> dict[str, _Batches]:
+    """Return what yields the inputs of each graph in typical use; nothing where there is no such use."""
     if use is None:
-        return None
-    return functools.partial(use.of_first if of_first else use.of_second, first)
+        return {}
+    first = next(iter(graphs.values()))
+    return {
+        name: functools.partial(of_graph, first)
+        for name, of_graph in zip(graphs, (use.of_first, use.of_second), strict=True)
+    }
 
 
 def _samples(graph: onnx.ModelProto, batches: _Batches) -> CalibrationSamples:

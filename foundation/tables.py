@@ -86,14 +86,16 @@ def read_toml(path: Path, what: str, hint: str) -> dict[str, Any]:
         hint: where a user finds out more.
 
     Raises:
-        UserError: it cannot be read, or is not TOML.
+        UserError: it cannot be read, is not UTF-8, or is not TOML.
     """
     try:
         return tomllib.loads(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"cannot read the {what} {path} ({error}). Check the path.") from error
+    except OSError as error:
+        raise UserError(f"cannot read the {what} {path}: {error.strerror or error}. Check the path.") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"the {what} {path} is not UTF-8: {error}. Save it as UTF-8.") from error
     except tomllib.TOMLDecodeError as error:
-        raise UserError(f"{path} is not TOML: {error}. {hint}") from error
+        raise UserError(f"the {what} {path} is not TOML: {error}. {hint}") from error
 
 
 def read_table(kind: type[T], table: Any, place: str, hint: str) -> T:

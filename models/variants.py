@@ -37,8 +37,7 @@ class ModelRegistry(Registry[ModelSpec]):
             UserError: there is no such network, it has no such argument, the value is of another kind, or the user's
                 file cannot be used.
         """
-        declared = super().get
-        return _resolved(name, lambda base: declared(base) if base in self._members else self._own_or(declared, base))
+        return _resolved(name, self._member)
 
     def __iter__(self) -> Iterator[ModelSpec]:
         yield from super().__iter__()
@@ -50,8 +49,10 @@ class ModelRegistry(Registry[ModelSpec]):
     def __contains__(self, name: object) -> bool:
         return super().__contains__(name) or name in self._own()
 
-    def _own_or(self, otherwise: Callable[[str], ModelSpec], name: str) -> ModelSpec:
-        return self._own().get(name) or otherwise(name)
+    def _member(self, name: str) -> ModelSpec:
+        """Return a declared network or an own model; the user's file is read only for what is not declared."""
+        own: Mapping[str, ModelSpec] = {} if name in self._members else self._own()
+        return own.get(name) or super().get(name)
 
     def _own(self) -> Mapping[str, ModelSpec]:
         """Return the models of the user's file, by name."""

@@ -8,18 +8,13 @@ target (`base`) and override figures.
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from edgeattn.foundation import UserError
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:
-    import tomli as tomllib
+from edgeattn.foundation.tables import read_toml
 
 OLDEST_TENSORRT = (10, 3)
 """Oldest TensorRT that anything here is exported for."""
@@ -220,14 +215,7 @@ def read(file: Path) -> tuple[dict[str, str], list[Row]]:
     Raises:
         UserError: the file cannot be read, is not TOML, or holds a table, row or field that is not usable.
     """
-    try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"cannot read the targets file {file}: {error.strerror or error}. Check the path.") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"the targets file {file} is not UTF-8: {error}. Save it as UTF-8.") from error
-    except tomllib.TOMLDecodeError as error:
-        raise UserError(f"the targets file {file} is not TOML: {error}. Correct that line.") from error
+    content = read_toml(file, "targets file", "Correct that line.")
     texts: dict[str, str] = {}
     rows = []
     for table, members in content.items():

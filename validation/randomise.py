@@ -31,3 +31,20 @@ def randomise(module: nn.Module, seed: int = 0) -> nn.Module:
                 fan_in = value[0].numel() if value.ndim > 1 else 4
                 value.copy_(noise / fan_in**0.5)
     return module.eval()
+
+
+def raise_gains(module: nn.Module, by: float) -> nn.Module:
+    """Make the gains of all normalisations positive and larger, in place, and return the module.
+
+    With random gains below 1 a deep network would forget its input.
+
+    Args:
+        module: a network after `randomise`.
+        by: what is added to the magnitude of each gain.
+    """
+    with torch.no_grad():
+        for norm in module.modules():
+            gain = getattr(norm, "weight", None)
+            if getattr(norm, "running_var", None) is not None and gain is not None:
+                gain.abs_().add_(by)
+    return module

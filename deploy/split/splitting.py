@@ -13,12 +13,21 @@ import numpy as np
 import onnx
 from onnx import helper
 
+from edgeattn.deploy.calibration_data import calibration_data, unmeasured_note
 from edgeattn.deploy.evidence import BUNDLED, EvaluationSamples, checkpoint_path, load_original
-from edgeattn.deploy.pipeline import CALIBRATION_COUNT, Progress, save_model
+from edgeattn.deploy.pipeline import Progress, save_model
 from edgeattn.deploy.sizes import refuse_size
 from edgeattn.deploy.split.chain import Episode, joined
 from edgeattn.deploy.split.schemes import SCHEMES, Scheme
-from edgeattn.deploy.two_graphs import Arrays, GraphFile, TypicalUse, reduced_graphs, remove_others, save_graphs
+from edgeattn.deploy.two_graphs import (
+    Arrays,
+    GraphFile,
+    TypicalUse,
+    reduced_graphs,
+    remove_others,
+    save_graphs,
+    typical_ranges,
+)
 from edgeattn.export.model_file import load_model
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.run_directory import versions
@@ -26,7 +35,6 @@ from edgeattn.foundation import UserError, remove_leftovers, sha256_of, write_te
 from edgeattn.models import MODELS, ModelSpec, Sample
 from edgeattn.models.checkpoint import read_checkpoint
 from edgeattn.models.published import load_published
-from edgeattn.validation.model_data import model_data
 from edgeattn.validation.parity import Form, Parity, compare_forms
 
 RECORD = "split.json"
@@ -110,11 +118,13 @@ def split_network(request: SplitRequest, output: Path, *, progress: Progress | N
     remove_leftovers(output)
     files = save_graphs(graphs, output, "fp32")
     notes: list[str] = []
+    use = _typical_use(graphs, groups, episodes)
+    ranges = typical_ranges(graphs, use) if precisions else {}
     for precision in precisions:
         move(precision, 0, 1)
-        reduced, found = reduced_graphs(precision, graphs, _typical_use(graphs, groups, episodes), network)
+        reduced, found = reduced_graphs(precision, graphs, use, ranges, network)
         files += save_graphs(reduced, output, precision)
-        notes += [*(() if groups else (_UNMEASURED.format(spec.name),)), *found]
+        notes += [*(() if groups else (unmeasured_note(spec),)), *found]
         move(precision, 1, 1)
     remove_others(output, graphs, files)
     parities = {episode.name: _judge(episode, files, samples, request.threads, move) for episode in episodes}
@@ -165,18 +175,8 @@ def _typical_images(request: SplitRequest, spec: ModelSpec, size: tuple[int, int
                 "or drop it."
             )
         return
-    batches: Iterator[Mapping[str, np.ndarray]] = iter(())
-    if request.calibration is not None:
-        shapes = dict.fromkeys(spec.inputs, spec.input_shape(1, size))
-        batches = iter(model_data(request.calibration, spec, size, shapes))
-    elif spec.calibration is not None:
-        batches = (spec.network_inputs(sample.resized(size)) for sample in spec.calibration(CALIBRATION_COUNT))
-    elif request.int8:
-        raise UserError(
-            f"INT8 needs real images, and none are bundled with {spec.name}. Give a folder of images or an .npz file "
-            "with --calibration."
-        )
-    for batch in batches:
+    batches = calibration_data(spec, request.calibration, size, spec.input_shape(1, size), int8=request.int8)
+    for batch in batches or ():
         yield [batch[name] for name in spec.inputs]
 
 
@@ -189,12 +189,6 @@ def _typical_use(
         return (episode.feed(second, features) for episode in episodes)
 
     return TypicalUse(groups, feeds) if groups else None
-
-
-_UNMEASURED = (
-    "no data is bundled with {}, so only declared policies decide what stays FP32. Give typical images with "
-    "--calibration to measure it."
-)
 
 
 def _judge(

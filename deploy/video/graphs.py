@@ -11,7 +11,7 @@ import onnx
 import torch
 from torch import Tensor, nn
 
-from edgeattn.deploy.two_graphs import TypicalUse, reduced_graphs, save_graphs
+from edgeattn.deploy.two_graphs import TypicalUse, reduced_graphs, save_graphs, typical_ranges
 from edgeattn.export.calibration import MINIMUM, require_minimum
 from edgeattn.export.opsets import DEFAULT_OPSET
 from edgeattn.export.surgery import inline_plugins
@@ -115,7 +115,8 @@ class VideoGraphs:
             return ({"target_features": one[None], "reference_features": references} for one in features)
 
         use = TypicalUse([group], feeds) if group else None
-        graphs, notes = reduced_graphs(precision, self.by_name, use, network)
+        ranges = typical_ranges(self.by_name, use)
+        graphs, notes = reduced_graphs(precision, self.by_name, use, ranges, network)
         return VideoGraphs(**graphs, precision=precision, notes=notes)
 
 

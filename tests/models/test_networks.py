@@ -13,7 +13,7 @@ from edgeattn.export.surgery import inline_plugins
 from edgeattn.export.to_onnx import to_onnx
 from edgeattn.models import MODELS, ModelSpec
 from edgeattn.models.checkpoint import COUNTER, load_checkpoint
-from edgeattn.validation.randomise import randomise
+from edgeattn.validation.randomise import raise_gains, randomise
 
 FP32_RELATIVE_L2 = 1e-5
 SPREAD = 5e-4
@@ -36,13 +36,7 @@ def images(spec: ModelSpec, batch: int, size: tuple[int, int]) -> list[torch.Ten
 
 def lively(network: nn.Module) -> nn.Module:
     """Randomise a network; with gains of batch normalisation below 1 a deep one would forget the image."""
-    randomise(network, seed=5)
-    with torch.no_grad():
-        for module in network.modules():
-            gain = getattr(module, "weight", None)
-            if getattr(module, "running_var", None) is not None and gain is not None:
-                gain.abs_().add_(0.6)
-    return network
+    return raise_gains(randomise(network, seed=5), by=0.6)
 
 
 def as_tuple(outputs: torch.Tensor | tuple[torch.Tensor, ...]) -> tuple[torch.Tensor, ...]:

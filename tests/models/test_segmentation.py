@@ -11,7 +11,7 @@ from torch import nn
 
 from edgeattn.foundation import UserError
 from edgeattn.models import MODELS
-from edgeattn.validation.randomise import randomise
+from edgeattn.validation.randomise import raise_gains, randomise
 
 # Dilations of the first and of the other 3x3 convolutions of the third stage, those of the fourth stage, and whether
 # the pooling rounds up: read from the running public networks.
@@ -59,10 +59,7 @@ def test_dilations_and_pooling_are_the_published_ones(name: str) -> None:
 def test_fuller_network_equals_its_original(name: str) -> None:
     spec = MODELS.get(name)
     arguments = {**spec.small, **FULLER[name]}
-    network = randomise(spec.network(**arguments), seed=6).double()
-    for norm in network.modules():
-        if isinstance(norm, nn.BatchNorm2d):  # `ABN` too; with gains below 1 a deep network forgets its image
-            norm.weight.data.abs_().add_(0.6)
+    network = raise_gains(randomise(spec.network(**arguments), seed=6).double(), by=0.6)
     module, attribute = spec.original.split(":")
     original = getattr(importlib.import_module(module), attribute)(**arguments).eval().double()
     original.load_state_dict(network.state_dict(), strict=True)
